@@ -1,0 +1,1 @@
+//! The checkpoint engine: primary and secondary halves.

@@ -1,0 +1,1 @@
+//! Heartbeat, arbiter and generations: who goes on when the link is lost.

@@ -1,0 +1,1 @@
+//! Pinned workers, adaptive polling and io_uring set-up.

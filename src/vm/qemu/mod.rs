@@ -1,0 +1,1 @@
+//! Stock QEMU as a VM: launch, QMP, the dirty-page tracker, device state.
