@@ -4,6 +4,7 @@
 //! `vhost-net-backend`, block code in `vhost-blk-backend`; neither is known here.
 
 pub mod checkpoint;
+pub mod config;
 pub mod control;
 pub mod failover;
 pub mod link;
