@@ -1,1 +1,39 @@
-//! The laboratory on one machine that the demo, the tests and the benchmarks use.
+//! A laboratory on one machine: hosts, guests, clients and faults, for the demo, the tests and the benchmarks.
+//!
+//! Two hosts, a client and the switches between them are network namespaces ([`Lab`]). Guests run from an image that is
+//! made of Debian packages ([`GuestImage`]), alone ([`Solo`]) or as a protected pair ([`Pair`]). Clients are real ones:
+//! redis over one long TCP connection, files with fsync, UDP, ping. Nothing of a laboratory outlives its owner.
+
+mod agent;
+mod capture;
+mod guest;
+mod host;
+mod namespace;
+
+mod ping;
+mod process;
+mod programs;
+mod redis;
+mod run;
+mod signals;
+mod solo;
+mod stall;
+mod topology;
+mod udp;
+
+pub use agent::{Agent, FileLoad, GuestConnection};
+pub use capture::{Capture, Sighting};
+pub use guest::{Disk, GuestImage};
+pub use host::{Host, Side};
+pub use namespace::Namespace;
+
+pub use ping::{Ping, PingResult};
+pub use process::Process;
+pub use programs::{missing, program};
+pub use redis::{Redis, RedisLoad, RedisProgress, Reply};
+pub use run::{Run, random};
+pub use signals::end_on_signals;
+pub use solo::{Devices, Solo};
+pub use stall::{Stalls, percentile};
+pub use topology::{CLIENT, GUEST, Lab, MAC, last_logs};
+pub use udp::{UdpEcho, UdpResult};
