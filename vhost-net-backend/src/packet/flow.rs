@@ -1,0 +1,161 @@
+//! Names of flows: what belongs together, and is compared in order, seen from the guest.
+
+use std::fmt;
+use std::net::IpAddr;
+
+/// The VLAN identifiers of a frame, outermost first. Priority bits are no part of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Vlan {
+    tags: [u16; 2],
+    count: u8,
+}
+
+impl Vlan {
+    /// Most tags that are looked behind.
+    pub const TAGS_MAX: usize = 2;
+
+    /// Adds an inner tag.
+    ///
+    /// # Panics
+    /// When there are [`Self::TAGS_MAX`] already.
+    pub fn push(&mut self, identifier: u16) {
+        self.tags[usize::from(self.count)] = identifier;
+        self.count += 1;
+    }
+
+    /// The identifiers, outermost first.
+    pub fn tags(&self) -> &[u16] {
+        &self.tags[..usize::from(self.count)]
+    }
+}
+
+/// What tells messages between the same two addresses apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Transport {
+    /// One TCP connection and its successors on the same ports.
+    Tcp {
+        /// The guest's port.
+        guest_port: u16,
+        /// The other end's port.
+        remote_port: u16,
+    },
+    /// UDP between two ports.
+    Udp {
+        /// The guest's port.
+        guest_port: u16,
+        /// The other end's port.
+        remote_port: u16,
+    },
+    /// ICMP or ICMPv6 messages of one type, and of one identifier where the type has one.
+    Icmp {
+        /// Type and code.
+        kind: [u8; 2],
+        /// The identifier of an echo, else 0.
+        identifier: u16,
+        /// Whether it is neighbour discovery (RFC 4861), which is repeated without meaning anything new.
+        discovery: bool,
+    },
+    /// Fragments of any protocol.
+    Fragment {
+        /// The protocol of the whole.
+        protocol: u8,
+    },
+    /// Another protocol over IP.
+    Other {
+        /// Its number.
+        protocol: u8,
+    },
+}
+
+/// The name of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FlowKey {
+    /// Over IP.
+    Ip {
+        /// Where.
+        vlan: Vlan,
+        /// The guest's address.
+        guest: IpAddr,
+        /// The other end's address.
+        remote: IpAddr,
+        /// What.
+        transport: Transport,
+    },
+    /// Directly over Ethernet, and everything that cannot be understood.
+    Frame {
+        /// Where.
+        vlan: Vlan,
+        /// The type behind the tags.
+        ethertype: u16,
+        /// The sender's hardware address.
+        source: [u8; 6],
+    },
+}
+
+impl FlowKey {
+    /// Whether it is a TCP flow.
+    pub fn is_tcp(&self) -> bool {
+        matches!(self, Self::Ip { transport: Transport::Tcp { .. }, .. })
+    }
+}
+
+impl fmt::Display for Vlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for tag in self.tags() {
+            write!(f, " vlan {tag}")?;
+        }
+        Ok(())
+    }
+}
+
+/// An address with a port, an IPv6 one in brackets.
+struct Endpoint(IpAddr, u16);
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            IpAddr::V4(address) => write!(f, "{address}:{}", self.1),
+            IpAddr::V6(address) => write!(f, "[{address}]:{}", self.1),
+        }
+    }
+}
+
+impl fmt::Display for FlowKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ip { vlan, guest, remote, transport } => match transport {
+                Transport::Tcp { guest_port, remote_port } => {
+                    write!(
+                        f,
+                        "tcp {} -> {}{vlan}",
+                        Endpoint(*guest, *guest_port),
+                        Endpoint(*remote, *remote_port)
+                    )
+                }
+                Transport::Udp { guest_port, remote_port } => {
+                    write!(
+                        f,
+                        "udp {} -> {}{vlan}",
+                        Endpoint(*guest, *guest_port),
+                        Endpoint(*remote, *remote_port)
+                    )
+                }
+                Transport::Icmp { kind: [kind, code], .. } => {
+                    write!(f, "icmp type {kind} code {code} {guest} -> {remote}{vlan}")
+                }
+                Transport::Fragment { protocol } => {
+                    write!(f, "fragments of protocol {protocol} {guest} -> {remote}{vlan}")
+                }
+                Transport::Other { protocol } => {
+                    write!(f, "protocol {protocol} {guest} -> {remote}{vlan}")
+                }
+            },
+            Self::Frame { vlan, ethertype, source: [a, b, c, d, e, g] } => {
+                write!(
+                    f,
+                    "ethertype {ethertype:#06x} from {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}{vlan}"
+                )
+            }
+        }
+    }
+}

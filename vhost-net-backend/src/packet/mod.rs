@@ -1,0 +1,167 @@
+//! What a frame is: where its parts lie, without copying them.
+//!
+//! Nothing here trusts the bytes: a frame that does not hold what its headers claim is [`Kind::Opaque`].
+
+pub mod checksum;
+mod flow;
+mod ip;
+mod tcp;
+
+use std::ops::Range;
+
+pub use flow::{FlowKey, Transport, Vlan};
+pub use tcp::{Flags, Segment, SynOptions, Timestamps, edge_positions};
+
+pub(crate) const ETHERTYPE_IPV4: u16 = 0x0800;
+pub(crate) const ETHERTYPE_ARP: u16 = 0x0806;
+pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
+const ETHERTYPE_VLAN: u16 = 0x8100;
+const ETHERTYPE_QINQ: u16 = 0x88a8;
+
+pub(crate) const PROTOCOL_TCP: u8 = 6;
+pub(crate) const PROTOCOL_UDP: u8 = 17;
+pub(crate) const PROTOCOL_ICMP: u8 = 1;
+pub(crate) const PROTOCOL_ICMPV6: u8 = 58;
+
+/// Bytes of an Ethernet header without tags.
+pub(crate) const ETHERNET_BYTES: usize = 14;
+
+/// A frame taken apart. Positions count from the first byte of the frame.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// The tags it carries.
+    pub vlan: Vlan,
+    /// The type behind the tags; 0 in a frame too short to have one.
+    pub ethertype: u16,
+    /// Where the Ethernet payload begins.
+    pub network_at: usize,
+    /// What it carries.
+    pub kind: Kind,
+}
+
+/// What a frame carries, as far as the proxy cares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A whole TCP segment.
+    Tcp {
+        /// From and to.
+        addresses: Addresses,
+        /// The segment's header.
+        segment: Segment,
+    },
+    /// A message of UDP, ICMP, ICMPv6 or another protocol over IP, or a fragment of anything.
+    Datagram {
+        /// From and to.
+        addresses: Addresses,
+        /// Which messages belong together.
+        transport: Transport,
+        /// A fragment's offset and flag, 0 for what is whole: two fragments are the same only if this is too.
+        place: u16,
+        /// The bytes that the receiver will see.
+        content: Range<usize>,
+    },
+    /// ARP for IPv4 over Ethernet, well formed.
+    Arp,
+    /// Anything else, and anything malformed.
+    Opaque,
+}
+
+/// Source and destination of an IP packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// Who sends.
+    pub source: std::net::IpAddr,
+    /// Who receives.
+    pub destination: std::net::IpAddr,
+}
+
+pub(crate) fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+pub(crate) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?))
+}
+
+impl Packet {
+    /// Takes a frame (without a virtio-net header) apart. Any bytes are allowed.
+    pub fn parse(frame: &[u8]) -> Self {
+        let mut packet =
+            Self { vlan: Vlan::default(), ethertype: 0, network_at: ETHERNET_BYTES, kind: Kind::Opaque };
+        let mut at = ETHERNET_BYTES - 2;
+        for tag in 0..3 {
+            let Some(ethertype) = be16(frame, at) else {
+                return packet;
+            };
+            packet.ethertype = ethertype;
+            packet.network_at = at + 2;
+            if !matches!(ethertype, ETHERTYPE_VLAN | ETHERTYPE_QINQ) || tag == 2 {
+                break;
+            }
+            let Some(control) = be16(frame, at + 2) else {
+                return packet;
+            };
+            packet.vlan.push(control & 0x0fff);
+            at += 4;
+        }
+        let kind = match packet.ethertype {
+            ETHERTYPE_IPV4 => ip::parse_v4(frame, packet.network_at),
+            ETHERTYPE_IPV6 => ip::parse_v6(frame, packet.network_at),
+            ETHERTYPE_ARP => parse_arp(frame, packet.network_at),
+            _ => None,
+        };
+        packet.kind = kind.unwrap_or(Kind::Opaque);
+        packet
+    }
+
+    /// The flow of a frame that the guest sent.
+    pub fn flow_from_guest(&self, frame: &[u8]) -> FlowKey {
+        match &self.kind {
+            Kind::Tcp { addresses, segment } => FlowKey::Ip {
+                vlan: self.vlan,
+                guest: addresses.source,
+                remote: addresses.destination,
+                transport: Transport::Tcp {
+                    guest_port: segment.source_port,
+                    remote_port: segment.destination_port,
+                },
+            },
+            Kind::Datagram { addresses, transport, .. } => FlowKey::Ip {
+                vlan: self.vlan,
+                guest: addresses.source,
+                remote: addresses.destination,
+                transport: *transport,
+            },
+            Kind::Arp | Kind::Opaque => FlowKey::Frame {
+                vlan: self.vlan,
+                ethertype: self.ethertype,
+                source: frame.get(6..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default(),
+            },
+        }
+    }
+
+    /// The TCP flow of a frame that is on its way to the guest, in the form of [`Packet::flow_from_guest`].
+    pub fn tcp_flow_to_guest(&self) -> Option<FlowKey> {
+        let Kind::Tcp { addresses, segment } = &self.kind else {
+            return None;
+        };
+        Some(FlowKey::Ip {
+            vlan: self.vlan,
+            guest: addresses.destination,
+            remote: addresses.source,
+            transport: Transport::Tcp {
+                guest_port: segment.destination_port,
+                remote_port: segment.source_port,
+            },
+        })
+    }
+}
+
+fn parse_arp(frame: &[u8], at: usize) -> Option<Kind> {
+    let arp = frame.get(at..at + 28)?;
+    // hardware Ethernet, protocol IPv4, address lengths 6 and 4
+    (arp[..6] == [0, 1, 8, 0, 6, 4]).then_some(Kind::Arp)
+}
+
+#[cfg(test)]
+mod tests;

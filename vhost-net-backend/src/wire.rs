@@ -1,0 +1,178 @@
+//! What the two net back ends say to each other: frame kinds of the network channel and the layout of their payloads.
+//!
+//! The epoch in a frame's header is the one that the frame belongs to. The payload of [`MIRROR`] and [`OUTPUT`] is an
+//! Ethernet frame as it is.
+
+use std::net::IpAddr;
+
+use crate::packet::{FlowKey, Transport, Vlan};
+
+/// Primary to secondary: a packet from the LAN for the guest.
+pub const MIRROR: u16 = 1;
+/// Primary to secondary: the initial sequence number that the PVM chose for a connection ([`Isn`]).
+pub const ISN: u16 = 2;
+/// Primary to secondary: everything of this epoch has been sent. No payload.
+pub const MARKER: u16 = 3;
+/// Secondary to primary: a packet that the SVM sent.
+pub const OUTPUT: u16 = 4;
+/// Secondary to primary: the SVM is in this epoch now. No payload.
+pub const EPOCH: u16 = 5;
+
+/// Bytes of an [`Isn`] on the wire.
+pub const ISN_BYTES: usize = 56;
+
+const WITH_TIMESTAMP: u8 = 1;
+const IPV6: u8 = 2;
+/// In place of a tag that is not there.
+const NO_TAG: u16 = 0xffff;
+
+/// The initial sequence number of the PVM's end of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Isn {
+    /// Which connection; always a TCP flow.
+    pub flow: FlowKey,
+    /// Sequence number of the PVM's SYN.
+    pub isn: u32,
+    /// TSval of the PVM's SYN, if it has one.
+    pub timestamp: Option<u32>,
+}
+
+/// What makes a peer's message worthless. The link that carried it is closed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// No such kind is sent in this direction.
+    #[error("The peer sent a message of kind {0}, which does not belong here")]
+    Kind(u16),
+    /// The payload has another length than its kind demands.
+    #[error("The peer sent {bytes} bytes in a message of kind {kind}")]
+    Length {
+        /// The message's kind.
+        kind: u16,
+        /// Bytes of its payload.
+        bytes: usize,
+    },
+    /// The payload's fields contradict each other.
+    #[error("The peer sent an initial sequence number for no TCP connection")]
+    Isn,
+    /// The message belongs to an epoch that cannot be.
+    #[error("The peer sent a message of kind {kind} for epoch {epoch} while epoch {running} is running")]
+    Epoch {
+        /// The message's kind.
+        kind: u16,
+        /// Its epoch.
+        epoch: u64,
+        /// The epoch that is running here.
+        running: u64,
+    },
+}
+
+impl Isn {
+    /// Bytes for the wire; `None` when the flow is not a TCP flow.
+    pub fn to_bytes(&self) -> Option<[u8; ISN_BYTES]> {
+        let FlowKey::Ip { vlan, guest, remote, transport: Transport::Tcp { guest_port, remote_port } } =
+            self.flow
+        else {
+            return None;
+        };
+        let mut bytes = [0; ISN_BYTES];
+        if self.timestamp.is_some() {
+            bytes[0] |= WITH_TIMESTAMP;
+        }
+        if guest.is_ipv6() {
+            bytes[0] |= IPV6;
+        }
+        // bytes 1..4 are reserved and zero
+        for tag in 0..Vlan::TAGS_MAX {
+            let identifier = vlan.tags().get(tag).copied().unwrap_or(NO_TAG);
+            bytes[4 + 2 * tag..6 + 2 * tag].copy_from_slice(&identifier.to_be_bytes());
+        }
+        for (at, address) in [(8, guest), (24, remote)] {
+            match address {
+                IpAddr::V4(address) => bytes[at..at + 4].copy_from_slice(&address.octets()),
+                IpAddr::V6(address) => bytes[at..at + 16].copy_from_slice(&address.octets()),
+            }
+        }
+        bytes[40..42].copy_from_slice(&guest_port.to_be_bytes());
+        bytes[42..44].copy_from_slice(&remote_port.to_be_bytes());
+        bytes[44..48].copy_from_slice(&self.isn.to_be_bytes());
+        bytes[48..52].copy_from_slice(&self.timestamp.unwrap_or(0).to_be_bytes());
+        // bytes 52..56 are reserved and zero
+        Some(bytes)
+    }
+
+    /// Reads what [`Isn::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// The peer sent something else.
+    pub fn from_bytes(payload: &[u8]) -> Result<Self, WireError> {
+        let Ok(bytes) = <&[u8; ISN_BYTES]>::try_from(payload) else {
+            return Err(WireError::Length { kind: ISN, bytes: payload.len() });
+        };
+        let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+        let u32_at = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let flags = bytes[0];
+        if flags & !(WITH_TIMESTAMP | IPV6) != 0 || bytes[1..4] != [0; 3] || bytes[52..] != [0; 4] {
+            return Err(WireError::Isn);
+        }
+        let mut vlan = Vlan::default();
+        for tag in 0..Vlan::TAGS_MAX {
+            match u16_at(4 + 2 * tag) {
+                NO_TAG => {}
+                identifier if identifier < 0x1000 && vlan.tags().len() == tag => vlan.push(identifier),
+                _ => return Err(WireError::Isn),
+            }
+        }
+        let address = |at: usize| -> IpAddr {
+            let mut octets = [0; 16];
+            octets.copy_from_slice(&bytes[at..at + 16]);
+            match octets.first_chunk::<4>() {
+                Some(short) if flags & IPV6 == 0 => IpAddr::from(*short),
+                _ => IpAddr::from(octets),
+            }
+        };
+        let transport = Transport::Tcp { guest_port: u16_at(40), remote_port: u16_at(42) };
+        Ok(Self {
+            flow: FlowKey::Ip { vlan, guest: address(8), remote: address(24), transport },
+            isn: u32_at(44),
+            timestamp: (flags & WITH_TIMESTAMP != 0).then(|| u32_at(48)),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn an_isn_survives_the_wire(
+            tags in prop::collection::vec(0u16..0x1000, 0..=2),
+            v6 in any::<bool>(),
+            guest in any::<[u8; 16]>(),
+            remote in any::<[u8; 16]>(),
+            ports in any::<(u16, u16)>(),
+            isn in any::<u32>(),
+            timestamp in any::<Option<u32>>(),
+        ) {
+            let mut vlan = Vlan::default();
+            for tag in tags {
+                vlan.push(tag);
+            }
+            let address = |octets: [u8; 16]| -> IpAddr {
+                if v6 { octets.into() } else { [octets[0], octets[1], octets[2], octets[3]].into() }
+            };
+            let transport = Transport::Tcp { guest_port: ports.0, remote_port: ports.1 };
+            let flow = FlowKey::Ip { vlan, guest: address(guest), remote: address(remote), transport };
+            let isn = Isn { flow, isn, timestamp };
+            prop_assert_eq!(Isn::from_bytes(&isn.to_bytes().unwrap()), Ok(isn));
+        }
+
+        #[test]
+        fn no_bytes_make_it_panic(bytes in prop::collection::vec(any::<u8>(), ISN_BYTES)) {
+            let _ = Isn::from_bytes(&bytes);
+            let _ = Isn::from_bytes(&bytes[1..]);
+        }
+    }
+}
