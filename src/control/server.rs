@@ -63,7 +63,8 @@ impl EventSender {
 #[derive(Debug)]
 pub struct Server {
     listener: UnixListener,
-    path: PathBuf,
+    /// The socket file, if this server made it.
+    path: Option<PathBuf>,
     events: EventSender,
 }
 
@@ -74,7 +75,12 @@ impl Server {
     /// The path is taken or its directory cannot be written.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let listener = crate::vhost_user::bind_unix(path)?;
-        Ok(Self { listener, path: path.to_owned(), events: EventSender::default() })
+        Ok(Self { listener, path: Some(path.to_owned()), events: EventSender::default() })
+    }
+
+    /// Serves a socket that is listening already, as one that a controller made for the back end it starts.
+    pub fn from_listener(listener: UnixListener) -> Self {
+        Self { listener, path: None, events: EventSender::default() }
     }
 
     /// The way to send events.
@@ -90,7 +96,7 @@ impl Server {
         loop {
             let (stream, _) = self.listener.accept()?;
             if let Err(error) = self.serve(stream, greeting, handler) {
-                tracing::warn!("Control socket {}: {error}", self.path.display());
+                tracing::warn!("Control socket: {error}");
             }
             self.events.set(None);
             handler.controller_lost();
@@ -118,7 +124,10 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        drop(std::fs::remove_file(&self.path));
+        if let Some(path) = &self.path {
+            // A file that is left is replaced at the next start.
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 

@@ -1,1 +1,5 @@
 //! Pinned workers, adaptive polling and io_uring set-up.
+
+mod priority;
+
+pub use priority::prefer_this_thread;

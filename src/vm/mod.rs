@@ -2,7 +2,7 @@
 
 pub mod qemu;
 
-use crate::memory::PageSet;
+use crate::memory::{PAGE_BYTES, PageSet};
 
 /// One block of guest memory. Pages are numbered through all blocks of a VM, in the order of
 /// [`Vm::ram_blocks`]; the shared guest RAM comes first, so its pages are `0..bytes / 4096`.
@@ -14,6 +14,18 @@ pub struct RamBlock {
     pub bytes: u64,
     /// Number of its first page.
     pub first_page: u64,
+}
+
+/// Something that a VM does by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmEvent {
+    /// The guest has switched itself off; the VMM is still there, paused.
+    PoweredOff,
+    /// The VMM has ended.
+    Exited {
+        /// Its last words, or how it ended.
+        reason: String,
+    },
 }
 
 /// What a VM could not do. Whatever it was, this side's VM cannot be trusted any more.
@@ -44,6 +56,11 @@ pub enum VmError {
 pub trait Vm: Send {
     /// Its memory, shared guest RAM first.
     fn ram_blocks(&self) -> &[RamBlock];
+
+    /// Pages of all its blocks together.
+    fn pages(&self) -> u64 {
+        self.ram_blocks().last().map_or(0, |last| last.first_page + last.bytes / PAGE_BYTES as u64)
+    }
 
     /// Stops the vCPUs and the devices; when it returns, every device back end has drained.
     ///
