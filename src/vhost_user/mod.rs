@@ -1,27 +1,26 @@
 //! The vhost-user server: one connection, one device, its rings.
+//!
+//! A device implements [`Device`]; the server speaks the protocol, keeps the guest's memory mapped and hands each ring,
+//! once it is complete, to the device's worker as a [`Ring`]. Whatever changes under a running ring (memory, addresses,
+//! descriptors, features), the server stops it first and starts it anew afterwards.
+//!
+//! Descriptions of the protocol: <https://www.qemu.org/docs/master/interop/vhost-user.html> and virtio 1.2 §2.7.
 
-use std::io;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+mod bind;
+mod chain;
+mod device;
+mod message;
+mod ring;
+mod server;
+mod session;
+#[cfg(test)]
+mod tests;
+mod vring;
 
-/// Listens on a Unix socket. A socket file that nobody listens on any more is replaced.
-///
-/// # Errors
-/// The path is in use, is no socket, or its directory cannot be written.
-pub fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let in_use = |what: &str| io::Error::new(io::ErrorKind::AddrInUse, format!("{} {what}", path.display()));
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if found.file_type().is_socket() => match UnixStream::connect(path) {
-            Ok(_) => {
-                return Err(in_use("is taken by a running program: stop it or choose another path"));
-            }
-            Err(_) => std::fs::remove_file(path)?,
-        },
-        Ok(_) => {
-            return Err(in_use("exists and is no socket: remove it or choose another path"));
-        }
-        Err(_) => {}
-    }
-    UnixListener::bind(path)
-}
+pub use bind::bind_unix;
+pub use chain::ChainError;
+pub use device::Device;
+pub use message::MessageError;
+pub use ring::{Chain, Ring, RingError, RingSetup};
+pub use server::{Server, serve_connection};
+pub use session::SessionError;

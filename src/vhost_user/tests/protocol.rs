@@ -1,0 +1,369 @@
+//! The server over a socket pair: the `vhost` crate's frontend, and QEMU's messages in QEMU's order.
+
+use std::io::{IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vhost::vhost_user::message::*;
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::ByteValued;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+use crate::memory::{DirtyLog, PageSet};
+
+const EVENT_IDX: u64 = 1 << 29;
+const INDIRECT: u64 = 1 << 28;
+const VERSION_1: u64 = 1 << 32;
+const LOG_ALL: u64 = 1 << 26;
+const PROTOCOL_FEATURES: u64 = 1 << 30;
+
+fn serve(device: &Arc<Shelf>, logs: &DirtyLogs) -> (UnixStream, JoinHandle<Result<(), SessionError>>) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let (device, logs) = (device.clone(), logs.clone());
+    (ours, std::thread::spawn(move || serve_connection(&*device, &logs, theirs)))
+}
+
+fn memory_info(ram: &OwnedFd) -> VhostUserMemoryRegionInfo {
+    VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: RAM_BYTES,
+        userspace_addr: USER,
+        mmap_offset: 0,
+        mmap_handle: ram.as_raw_fd(),
+    }
+}
+
+fn config_data(log: bool) -> VringConfigData {
+    VringConfigData {
+        queue_max_size: 8,
+        queue_size: 8,
+        flags: u32::from(log),
+        desc_table_addr: USER + DESCRIPTORS,
+        used_ring_addr: USER + USED,
+        avail_ring_addr: USER + AVAILABLE,
+        log_addr: Some(USED),
+    }
+}
+
+#[test]
+fn the_crates_frontend_drives_a_device() {
+    let device = Arc::new(Shelf { config: Mutex::new(vec![1, 2, 3, 4]), ..Shelf::default() });
+    let logs = DirtyLogs::new();
+    let (stream, server) = serve(&device, &logs);
+    let mut frontend = Frontend::from_stream(stream, 2);
+    let offered = frontend.get_features().unwrap();
+    assert_eq!(offered, 1 << 5 | VERSION_1 | EVENT_IDX | INDIRECT | LOG_ALL | PROTOCOL_FEATURES);
+    frontend.set_owner().unwrap();
+    let protocol = frontend.get_protocol_features().unwrap();
+    assert!(protocol.contains(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ));
+    frontend.set_protocol_features(protocol).unwrap();
+    frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    assert_eq!(frontend.get_queue_num().unwrap(), 2);
+    frontend.set_features(offered & !LOG_ALL).unwrap();
+    assert_eq!(device.features.load(Ordering::SeqCst), 1 << 5 | VERSION_1 | EVENT_IDX | INDIRECT);
+
+    let flags = VhostUserConfigFlags::WRITABLE;
+    assert_eq!(frontend.get_config(1, 6, flags, &[0; 6]).unwrap().1, [2, 3, 4, 0, 0, 0]);
+    frontend.set_config(2, flags, &[9]).unwrap();
+    assert_eq!(frontend.get_config(0, 4, flags, &[0; 4]).unwrap().1, [1, 2, 9, 4]);
+    assert!(frontend.set_config(4, flags, &[9]).is_err(), "refused, and the connection goes on");
+
+    let ram = memfd(RAM_BYTES);
+    let mut driver = Driver::new(&ram, 8);
+    frontend.set_mem_table(&[memory_info(&ram)]).unwrap();
+    let (kick, call) = (EventFd::new(libc::EFD_NONBLOCK).unwrap(), EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    frontend.set_vring_num(1, 8).unwrap();
+    frontend.set_vring_base(1, 0).unwrap();
+    frontend.set_vring_addr(1, &config_data(false)).unwrap();
+    frontend.set_vring_call(1, &call).unwrap();
+    frontend.set_vring_kick(1, &kick).unwrap();
+    assert!(!device.runs(1), "started, but not enabled");
+    frontend.set_vring_enable(1, true).unwrap();
+    assert!(device.runs(1) && !device.runs(0));
+
+    driver.descriptor(0, 0x8000, 16, 0, 0);
+    driver.offer(0);
+    driver.offer(0);
+    kick.write(1).unwrap();
+    device.with_ring(1, |ring| {
+        ring.drain_kick();
+        let head = ring.pop().unwrap().head_index();
+        ring.add_used(head, 0);
+        ring.signal_used();
+    });
+    assert_eq!(call.read().unwrap(), 1);
+    assert_eq!(kick.read().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    // a new memory table under the running ring
+    frontend.set_mem_table(&[memory_info(&ram)]).unwrap();
+    assert_eq!(device.with_ring(1, |ring| ring.next_avail()), 1);
+    frontend.set_vring_enable(1, false).unwrap();
+    assert!(!device.runs(1));
+    frontend.set_vring_enable(1, true).unwrap();
+    assert_eq!(frontend.get_vring_base(1).unwrap(), 1);
+    assert!(!device.runs(1));
+    assert_eq!(frontend.get_vring_base(0).unwrap(), 0, "one that never ran");
+    drop(frontend);
+    server.join().unwrap().unwrap();
+}
+
+/// Speaks to the server as QEMU's hw/virtio/vhost-user.c does.
+struct Qemu(UnixStream);
+
+impl Qemu {
+    fn send(&self, request: FrontendReq, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
+        let mut bytes = Vec::new();
+        for word in [u32::from(request), flags | 1, payload.len() as u32] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+        bytes.extend_from_slice(payload);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+        }
+        sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+    }
+
+    fn number(&self, request: FrontendReq, value: u64) {
+        self.send(request, 0, &value.to_ne_bytes(), &[]);
+    }
+
+    fn state(&self, request: FrontendReq, index: u32, num: u32) {
+        self.send(request, 0, VhostUserVringState::new(index, num).as_slice(), &[]);
+    }
+
+    fn fd(&self, request: FrontendReq, index: u64, fd: &OwnedFd) {
+        self.send(request, 0, &index.to_ne_bytes(), &[fd.as_fd()]);
+    }
+
+    fn receive(&mut self, request: FrontendReq) -> Vec<u8> {
+        let mut header = [0; 12];
+        self.0.read_exact(&mut header).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        assert_eq!((word(0), word(4)), (request.into(), 5));
+        let mut payload = vec![0; word(8) as usize];
+        self.0.read_exact(&mut payload).unwrap();
+        payload
+    }
+
+    fn ask(&mut self, request: FrontendReq) -> u64 {
+        self.send(request, 0, &[], &[]);
+        u64::from_ne_bytes(self.receive(request).try_into().unwrap())
+    }
+
+    fn vring_base(&mut self, index: u32) -> u32 {
+        self.state(FrontendReq::GET_VRING_BASE, index, 0);
+        let payload = self.receive(FrontendReq::GET_VRING_BASE);
+        u32::from_ne_bytes(payload[4..8].try_into().unwrap())
+    }
+
+    fn addresses(&self, index: u32, log: bool) {
+        let message = VhostUserVringAddr::from_config_data(index, &config_data(log));
+        self.send(FrontendReq::SET_VRING_ADDR, 0, message.as_slice(), &[]);
+    }
+
+    fn memory_table(&self, ram: &OwnedFd) {
+        let mut payload = VhostUserMemory::new(1).as_slice().to_vec();
+        payload.extend_from_slice(VhostUserMemoryRegion::new(0, RAM_BYTES, USER, 0).as_slice());
+        self.send(FrontendReq::SET_MEM_TABLE, 8, &payload, &[ram.as_fd()]);
+    }
+}
+
+/// What net/vhost-user.c of QEMU 7.2 says when the socket connects.
+fn greet(qemu: &mut Qemu, masked: &OwnedFd) -> u64 {
+    let offered = qemu.ask(FrontendReq::GET_FEATURES);
+    let protocol = qemu.ask(FrontendReq::GET_PROTOCOL_FEATURES) & 0xb;
+    qemu.number(FrontendReq::SET_PROTOCOL_FEATURES, protocol);
+    assert_eq!(qemu.ask(FrontendReq::GET_QUEUE_NUM), 2);
+    qemu.send(FrontendReq::SET_OWNER, 0, &[], &[]);
+    qemu.ask(FrontendReq::GET_FEATURES);
+    for index in 0..2 {
+        qemu.fd(FrontendReq::SET_VRING_CALL, index, masked);
+        qemu.fd(FrontendReq::SET_VRING_ERR, index, masked);
+    }
+    // long before SET_FEATURES
+    qemu.state(FrontendReq::SET_VRING_ENABLE, 0, 1);
+    qemu.state(FrontendReq::SET_VRING_ENABLE, 1, 1);
+    offered
+}
+
+fn start(qemu: &mut Qemu, features: u64, ram: &OwnedFd, base: u32, kick: &OwnedFd, call: &OwnedFd) {
+    qemu.number(FrontendReq::SET_FEATURES, features);
+    qemu.memory_table(ram);
+    assert_eq!(qemu.receive(FrontendReq::SET_MEM_TABLE), [0; 8]);
+    qemu.state(FrontendReq::SET_VRING_NUM, 0, 8);
+    qemu.state(FrontendReq::SET_VRING_BASE, 0, base);
+    qemu.addresses(0, false);
+    qemu.fd(FrontendReq::SET_VRING_KICK, 0, kick);
+    qemu.fd(FrontendReq::SET_VRING_CALL, 0, call);
+}
+
+#[test]
+fn qemus_order_with_stop_cont_and_migration() {
+    let device = Arc::new(Shelf::default());
+    let logs = DirtyLogs::new();
+    let (stream, server) = serve(&device, &logs);
+    let mut qemu = Qemu(stream);
+    let (masked, kick, call) = (event(), event(), event());
+    let offered = greet(&mut qemu, &masked);
+    assert_eq!(qemu.ask(FrontendReq::GET_PROTOCOL_FEATURES) & 1 << 9, 0, "no CONFIG without a configuration");
+    let ram = memfd(RAM_BYTES);
+    let mut driver = Driver::new(&ram, 8);
+    driver.descriptor(0, 0x8000, 16, 2, 0);
+    let features = offered & !LOG_ALL;
+    start(&mut qemu, features, &ram, 0, &kick, &call);
+    let work = |device: &Shelf| {
+        device.with_ring(0, |ring| {
+            let chain = ring.pop().unwrap();
+            let memory = ring.memory().clone();
+            memory.write_obj(1u8, GuestAddress(0x8000)).unwrap();
+            ring.add_used(chain.head_index(), 1);
+            ring.signal_used();
+        });
+    };
+    let offer = |driver: &mut Driver| {
+        driver.set_used_event(driver.available);
+        driver.offer(0);
+    };
+    offer(&mut driver);
+    work(&device);
+
+    // stop and cont
+    assert_eq!(qemu.vring_base(0), 1);
+    assert!(!device.runs(0));
+    start(&mut qemu, features, &ram, 1, &kick, &call);
+    offer(&mut driver);
+    work(&device);
+    assert_eq!(driver.read(USED + 2), 2);
+    assert!(signals(&call) >= 2);
+
+    // migration begins: logging is switched on under the running ring
+    let log = DirtyLog::create(64).unwrap();
+    let drained = || {
+        let mut set = PageSet::new(64);
+        log.drain(&mut set);
+        set.iter().collect::<Vec<_>>()
+    };
+    qemu.send(FrontendReq::SET_LOG_BASE, 0, VhostUserLog::new(8, 0).as_slice(), &[log.as_fd()]);
+    assert_eq!(qemu.receive(FrontendReq::SET_LOG_BASE).len(), 16);
+    qemu.number(FrontendReq::SET_FEATURES, features | LOG_ALL);
+    qemu.addresses(0, true);
+    qemu.ask(FrontendReq::GET_FEATURES);
+    assert_eq!(device.features.load(Ordering::SeqCst) & LOG_ALL, 0);
+    assert!(drained().is_empty());
+    offer(&mut driver);
+    work(&device);
+    assert_eq!(drained(), [USED / 4096, 8]);
+    // memory that is mapped after SET_LOG_BASE is logged as well
+    let other = memfd(RAM_BYTES);
+    rustix::io::write(&masked, &1u64.to_ne_bytes()).unwrap();
+    qemu.memory_table(&other);
+    assert_eq!(qemu.receive(FrontendReq::SET_MEM_TABLE), [0; 8]);
+    device.with_ring(0, |ring| ring.memory().write_obj(1u8, GuestAddress(0x5000)).unwrap());
+    assert_eq!(drained(), [5]);
+    qemu.memory_table(&ram);
+    assert_eq!(qemu.receive(FrontendReq::SET_MEM_TABLE), [0; 8]);
+    // migration is cancelled: only the used ring is logged for a moment, then nothing
+    qemu.number(FrontendReq::SET_FEATURES, features);
+    qemu.ask(FrontendReq::GET_FEATURES);
+    offer(&mut driver);
+    work(&device);
+    assert!(drained().contains(&(USED / 4096)));
+    qemu.addresses(0, false);
+    qemu.ask(FrontendReq::GET_FEATURES);
+    offer(&mut driver);
+    work(&device);
+    assert!(drained().is_empty());
+
+    // the frontend dies without a word
+    drop(qemu);
+    server.join().unwrap().unwrap();
+    assert!(!device.runs(0));
+    // and the next one starts from nothing
+    let (stream, server) = serve(&device, &logs);
+    let mut qemu = Qemu(stream);
+    greet(&mut qemu, &masked);
+    assert_eq!(qemu.vring_base(0), 0);
+    start(&mut qemu, features, &ram, 5, &kick, &call);
+    assert_eq!(qemu.vring_base(0), 5);
+    drop(qemu);
+    server.join().unwrap().unwrap();
+}
+
+#[test]
+fn without_protocol_features_a_ring_needs_no_enable() {
+    let device = Arc::new(Shelf::default());
+    let (stream, server) = serve(&device, &DirtyLogs::new());
+    let frontend = Frontend::from_stream(stream, 2);
+    frontend.set_features(VERSION_1).unwrap();
+    let ram = memfd(RAM_BYTES);
+    frontend.set_mem_table(&[memory_info(&ram)]).unwrap();
+    frontend.set_vring_num(0, 8).unwrap();
+    frontend.set_vring_addr(0, &config_data(false)).unwrap();
+    frontend.set_vring_kick(0, &EventFd::new(0).unwrap()).unwrap();
+    device.with_ring(0, |ring| assert_eq!(ring.size(), 8));
+    let log = DirtyLog::create(64).unwrap();
+    let region =
+        VhostUserDirtyLogRegion { mmap_size: 8, mmap_offset: 0, mmap_handle: log.as_fd().as_raw_fd() };
+    frontend.set_log_base(0, Some(region)).unwrap();
+    drop(frontend);
+    // that was the old SET_LOG_BASE without a descriptor, which nobody can serve
+    assert!(server.join().unwrap().unwrap_err().to_string().contains("SET_LOG_BASE"));
+    assert!(!device.runs(0));
+}
+
+#[test]
+fn descriptors_that_are_left_out_mean_polling_and_silence() {
+    let device = Arc::new(Shelf::default());
+    let (stream, server) = serve(&device, &DirtyLogs::new());
+    let mut qemu = Qemu(stream);
+    let event = event();
+    let offered = greet(&mut qemu, &event);
+    let ram = memfd(RAM_BYTES);
+    start(&mut qemu, offered, &ram, 0, &event, &event);
+    qemu.number(FrontendReq::SET_VRING_KICK, 0x100);
+    qemu.number(FrontendReq::SET_VRING_CALL, 0x100);
+    qemu.number(FrontendReq::SET_VRING_ERR, 0x100);
+    qemu.ask(FrontendReq::GET_FEATURES);
+    signals(&event);
+    device.with_ring(0, |ring| {
+        ring.drain_kick();
+        ring.add_used(0, 0);
+        ring.signal_used();
+    });
+    assert_eq!(signals(&event), 0);
+    qemu.send(FrontendReq::RESET_DEVICE, 8, &[], &[]);
+    assert_eq!(qemu.receive(FrontendReq::RESET_DEVICE), [0; 8]);
+    assert!(!device.runs(0));
+    drop(qemu);
+    server.join().unwrap().unwrap();
+}
+
+#[test]
+fn what_is_asked_wrongly_is_named_and_ends_the_connection() {
+    type Case = (&'static str, fn(&Qemu));
+    let cases: [Case; 8] = [
+        ("bits 0x8000000000000000", |q| q.number(FrontendReq::SET_FEATURES, 1 << 63)),
+        ("queue 7 of 2", |q| q.state(FrontendReq::SET_VRING_NUM, 7, 8)),
+        ("3 entries", |q| q.state(FrontendReq::SET_VRING_NUM, 0, 3)),
+        ("neither 0 nor 1", |q| q.state(FrontendReq::SET_VRING_ENABLE, 0, 2)),
+        ("must have 1", |q| q.number(FrontendReq::SET_VRING_KICK, 0)),
+        ("message 26", |q| q.number(FrontendReq::CREATE_CRYPTO_SESSION, 0)),
+        ("set_owner came with 1", |q| q.fd(FrontendReq::SET_OWNER, 0, &event())),
+        ("set_vring_base with 8 bytes", |q| {
+            q.send(FrontendReq::SET_VRING_BASE, 0, &[0; 7], &[]);
+        }),
+    ];
+    for (expected, act) in cases {
+        let (stream, server) = serve(&Arc::default(), &DirtyLogs::new());
+        let qemu = Qemu(stream);
+        act(&qemu);
+        let error = server.join().unwrap().unwrap_err().to_string().to_lowercase();
+        assert!(error.contains(expected.strip_suffix(" with 8 bytes").unwrap_or(expected)), "{error}");
+    }
+}
