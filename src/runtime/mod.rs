@@ -25,4 +25,3 @@ pub fn pin(core: usize) -> std::io::Result<()> {
         format!("Core {core} cannot be used by this process, these can: {}", usable.join(", ")),
     ))
 }
- (vhost_user, memory, runtime: the device server, its dirty logs and its workers)
