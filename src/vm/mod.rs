@@ -1,8 +1,13 @@
 //! A virtual machine as the checkpoint engine sees it.
 
 pub mod qemu;
+mod shared_ram;
+
+use std::io;
+use std::sync::Arc;
 
 use crate::memory::{PAGE_BYTES, PageSet};
+pub use shared_ram::SharedRam;
 
 /// One block of guest memory. Pages are numbered through all blocks of a VM, in the order of
 /// [`Vm::ram_blocks`]; the shared guest RAM comes first, so its pages are `0..bytes / 4096`.
@@ -48,8 +53,18 @@ pub enum VmError {
         /// What was being done, to what.
         what: String,
         /// What the system says.
-        error: std::io::Error,
+        error: io::Error,
     },
+    /// The VM or this host cannot be checkpointed. The text says why, and what to do.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+impl VmError {
+    /// For `map_err`: a system call failed while `what` was being done.
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> VmError {
+        move |error| VmError::Io { what: what.into(), error }
+    }
 }
 
 /// A VM that can be checkpointed. Everything but `pause` and `resume` is called while it is paused.
@@ -60,6 +75,12 @@ pub trait Vm: Send {
     /// Pages of all its blocks together.
     fn pages(&self) -> u64 {
         self.ram_blocks().last().map_or(0, |last| last.first_page + last.bytes / PAGE_BYTES as u64)
+    }
+
+    /// The guest RAM that device servers share, for those who read pages where they lie instead of copying them with
+    /// [`Vm::read_pages`]. Page `n` of the VM is its page `n`.
+    fn shared_ram(&self) -> Option<Arc<SharedRam>> {
+        None
     }
 
     /// Stops the vCPUs and the devices; when it returns, every device back end has drained.
