@@ -6,10 +6,14 @@
 
 mod agent;
 mod capture;
+mod clients;
+mod death;
+mod dice;
 mod guest;
 mod host;
 mod namespace;
 
+mod pair;
 mod ping;
 mod process;
 mod programs;
@@ -23,15 +27,19 @@ mod udp;
 
 pub use agent::{Agent, FileLoad, GuestConnection};
 pub use capture::{Capture, Sighting};
+pub use clients::{Clients, Work};
+pub use death::{Death, Survival, kill};
+pub use dice::{Dice, random};
 pub use guest::{Disk, GuestImage};
 pub use host::{Host, Side};
 pub use namespace::Namespace;
 
+pub use pair::{Pair, PairOptions, Status, VM, configuration};
 pub use ping::{Ping, PingResult};
 pub use process::Process;
 pub use programs::{missing, program};
 pub use redis::{Redis, RedisLoad, RedisProgress, Reply};
-pub use run::{Run, random};
+pub use run::Run;
 pub use signals::end_on_signals;
 pub use solo::{Devices, Solo};
 pub use stall::{Stalls, percentile};

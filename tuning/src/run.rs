@@ -4,13 +4,14 @@
 //! lose power to a debugger, it removes the namespaces, the processes in them and the directory. There is one way of
 //! tearing down, so it is always tested.
 
-use std::hash::{BuildHasher, RandomState};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
+
+use crate::dice::random;
 
 const TEARDOWN: &str = include_str!("../teardown.sh");
 
@@ -32,11 +33,6 @@ fn teardown(arguments: [&str; 2]) -> Command {
     // a group of its own: Ctrl-C is for us, not for it
     command.args(["-c", TEARDOWN, "teardown"]).args(arguments).process_group(0);
     command
-}
-
-/// A number nobody foresees, for ids and for the seeds that tests print.
-pub fn random() -> u64 {
-    RandomState::new().hash_one(std::process::id())
 }
 
 impl Run {

@@ -128,7 +128,7 @@ fn start_net(host: &Host, socket: &Path) -> Result<Process> {
 
 fn start_block(host: &Host, socket: &Path, disk: &Path) -> Result<Process> {
     let mut command = Command::new(program("vhost-blk-backend")?);
-    command.arg("--socket-path").arg(socket).arg("--disk").arg(disk);
+    command.arg("--socket-path").arg(socket).arg("--blk-file").arg(disk);
     serving(host.start(command, "solo-blk")?, socket)
 }
 

@@ -1,0 +1,42 @@
+# COLO on a fresh Debian 12 with the Rust toolchain, make and root. `make help` tells what there is.
+
+CARGO ?= cargo
+# the programs under test, for the demo, the tests and the benchmarks alike
+export COLO_BIN_DIR := $(CURDIR)/target/release
+ROUNDS ?= 20
+
+.PHONY: help deps build demo test test-failover bench-pair clean
+
+help:
+	@echo 'make demo                     a protected guest, a client at work, and then the primary host dies (3 minutes)'
+	@echo 'make test                     everything that CI runs'
+	@echo 'make test-failover ROUNDS=20  kill the primary host so many times'
+	@echo 'make bench-pair               the figures of the README'
+	@echo 'make build                    the programs, in target/release'
+	@echo 'make clean                    remove what was built, and laboratories of dead runs'
+
+deps:
+	@tuning/install-deps.sh
+
+build:
+	$(CARGO) build --release --workspace --bins
+
+demo: deps build
+	@target/release/colo-demo
+
+test: deps
+	$(CARGO) fmt --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) build --release --workspace --bins
+	$(CARGO) test --workspace
+
+test-failover: deps build
+	COLO_TEST_ROUNDS=$(ROUNDS) $(CARGO) test -p colo-tests --test failover killing_host_a
+
+bench-pair: deps build
+	@target/release/bench-pair
+
+clean:
+	sh tuning/teardown.sh stale /var/tmp/colo-lab
+	$(CARGO) clean
+	rm -rf .cache
