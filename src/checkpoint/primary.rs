@@ -132,18 +132,18 @@ impl Primary {
         let mut watch = Stopwatch::start();
         // The secondary pauses while we do.
         write_frame(&mut self.out, BEGIN, epoch, &[cause.as_bytes()])?;
-        crash_point("begin", epoch);
+        crash_point("begin");
         if epoch > 0 {
             vm.pause()?;
         }
         steps.stop_us = watch.step_us();
-        crash_point("paused", epoch);
+        crash_point("paused");
         devices.marker(epoch)?;
         steps.marker_us = watch.step_us();
-        crash_point("marked", epoch);
+        crash_point("marked");
         vm.save_devices(&mut self.state)?;
         steps.save_us = watch.step_us();
-        crash_point("saved", epoch);
+        crash_point("saved");
         self.dirty.clear();
         devices.take_dirty(&mut self.dirty);
         if epoch == 0 {
@@ -155,7 +155,7 @@ impl Primary {
         let pages = self.dirty.len();
         self.send(vm)?;
         steps.send_us = watch.step_us();
-        crash_point("sent", epoch);
+        crash_point("sent");
         match next()? {
             Reply::Committed { epoch: of } if of == epoch => {}
             other => {
@@ -163,7 +163,7 @@ impl Primary {
             }
         }
         steps.commit_us = watch.step_us();
-        crash_point("committed", epoch);
+        crash_point("committed");
         if self.verify {
             self.compare(vm, next)?;
             write_frame(&mut self.out, VERIFIED, epoch, &[])?;
@@ -171,7 +171,7 @@ impl Primary {
         }
         devices.commit(epoch)?;
         steps.release_us = watch.step_us();
-        crash_point("released", epoch);
+        crash_point("released");
         vm.resume()?;
         steps.resume_us = watch.step_us();
         self.epoch += 1;
@@ -216,7 +216,7 @@ impl Primary {
             vm.read_pages(&batch, &mut self.frame[contents..])?;
             write_frame(&mut self.out, PAGES, self.epoch, &[&self.frame])?;
             if sent == 0 {
-                crash_point("sending", self.epoch);
+                crash_point("sending");
             }
             sent += batch.len();
         }

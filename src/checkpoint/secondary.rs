@@ -166,21 +166,21 @@ impl Secondary {
     ) -> Result<SecondarySteps, CheckpointError> {
         let mut steps = SecondarySteps::default();
         let mut watch = Stopwatch::start();
-        crash_point("secondary-begin", epoch);
+        crash_point("secondary-begin");
         if epoch > 0 {
             vm.pause()?;
         }
         steps.stop_us = watch.step_us();
-        crash_point("secondary-paused", epoch);
+        crash_point("secondary-paused");
         let received = complete()?;
         steps.receive_us = watch.step_us();
-        crash_point("secondary-complete", epoch);
+        crash_point("secondary-complete");
         // An error from here to the end must not be taken for the old state: `committed` says so to the caller.
         if let Err(error) = write_frame(&mut self.out, COMMITTED, epoch, &[]) {
             // The primary will never know, but all of its state is here: go through with it.
             tracing::warn!("Checkpoint {epoch} is committed, the primary cannot be told: {error}");
         }
-        crash_point("secondary-committed", epoch);
+        crash_point("secondary-committed");
         self.pages.clear();
         devices.take_dirty(&mut self.pages);
         if epoch == 0 {
@@ -192,14 +192,14 @@ impl Secondary {
         self.cache.lock().take_received(&mut self.pages);
         steps.pages = self.copy(vm)?;
         steps.copy_us = watch.step_us();
-        crash_point("secondary-copied", epoch);
+        crash_point("secondary-copied");
         vm.load_devices(&received.state)?;
         // The load resets the machine first, which may write guest memory.
         self.pages.clear();
         vm.take_dirty(&mut self.pages)?;
         steps.load_pages = self.copy(vm)?;
         steps.load_us = watch.step_us();
-        crash_point("secondary-loaded", epoch);
+        crash_point("secondary-loaded");
         if received.verify {
             self.send_digests(epoch, vm)?;
             verified()?;
@@ -207,7 +207,7 @@ impl Secondary {
         }
         devices.commit(epoch)?;
         steps.commit_us = watch.step_us();
-        crash_point("secondary-forgotten", epoch);
+        crash_point("secondary-forgotten");
         vm.resume()?;
         steps.resume_us = watch.step_us();
         steps.pause_us = watch.total_us();

@@ -9,6 +9,17 @@ use colo_lab::{Clients, Death, Dice, Pair, PairOptions, Side, Survival, kill, pe
 /// The steps of a checkpoint at which a primary can die, in their order (see `colo::checkpoint::crash_point`).
 const STEPS: [&str; 8] = ["begin", "paused", "marked", "saved", "sending", "sent", "committed", "released"];
 
+/// The steps of the secondary's half.
+const SECONDARY_STEPS: [&str; 7] = [
+    "secondary-begin",
+    "secondary-paused",
+    "secondary-complete",
+    "secondary-committed",
+    "secondary-copied",
+    "secondary-loaded",
+    "secondary-forgotten",
+];
+
 /// A stall that no client should see, even on a machine with two cores that emulates both guests.
 const STALL_MAX: Duration = Duration::from_secs(5);
 
@@ -53,7 +64,8 @@ fn killing_host_a_breaks_no_connection() -> Result<()> {
 
 fn killing_host_b_costs_little() -> Result<()> {
     let limit = Duration::from_millis(500) + Duration::from_secs(1);
-    for death in [Death::Killed, Death::PowerOff] {
+    let step = *Dice::announced().one_of(&SECONDARY_STEPS);
+    for death in [Death::Killed, Death::PowerOff, Death::AtStep(step)] {
         let survival = round_of(&PairOptions::default(), Side::B, death, Duration::from_secs(2))?;
         tell(&format!("host-b, {death:?}"), &survival);
         ensure!(
