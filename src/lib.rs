@@ -8,6 +8,7 @@ pub mod config;
 pub mod control;
 pub mod failover;
 pub mod link;
+pub mod logging;
 pub mod memory;
 pub mod runtime;
 pub mod vhost_user;
