@@ -83,6 +83,15 @@ impl Server {
         Self { listener, path: None, events: EventSender::default() }
     }
 
+    /// Serves the listening socket that the starting process left open under this number (`--control-fd`). To be
+    /// called once, at start, before anything else is opened.
+    ///
+    /// # Errors
+    /// The number is not that of a listening Unix socket.
+    pub fn inherit(number: i32) -> io::Result<Self> {
+        super::inherit::inherited_listener(number).map(Self::from_listener)
+    }
+
     /// The way to send events.
     pub fn events(&self) -> EventSender {
         self.events.clone()
