@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 
@@ -22,12 +23,18 @@ impl GuestImage {
     /// # Errors
     /// Packages are missing, or Debian's mirror cannot be reached.
     pub fn make() -> Result<Self> {
+        // the script asks apt for versions each time, which takes half a second
+        static MADE: OnceLock<GuestImage> = OnceLock::new();
+        if let Some(image) = MADE.get() {
+            return Ok(image.clone());
+        }
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/mkguest.sh");
         let mut command = Command::new(&script);
         command.arg(program("guest-agent")?);
         let output = command.output().with_context(|| format!("Cannot run {}", script.display()))?;
         let directory = PathBuf::from(succeeded(&output, "The guest image cannot be made")?.trim());
-        Ok(Self { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd") })
+        let image = Self { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd") };
+        Ok(MADE.get_or_init(|| image).clone())
     }
 
     /// The kernel's command line for a guest with this address on the LAN.

@@ -5,6 +5,7 @@
 //! redis over one long TCP connection, files with fsync, UDP, ping. Nothing of a laboratory outlives its owner.
 
 mod agent;
+mod benchmark;
 mod capture;
 mod clients;
 mod death;
@@ -26,6 +27,7 @@ mod topology;
 mod udp;
 
 pub use agent::{Agent, FileLoad, GuestConnection};
+pub use benchmark::{BenchmarkLine, redis_benchmark, redis_benchmarks};
 pub use capture::{Capture, Sighting};
 pub use clients::{Clients, Work};
 pub use death::{Death, Survival, kill};
