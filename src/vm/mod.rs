@@ -21,18 +21,6 @@ pub struct RamBlock {
     pub first_page: u64,
 }
 
-/// Something that a VM does by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum VmEvent {
-    /// The guest has switched itself off; the VMM is still there, paused.
-    PoweredOff,
-    /// The VMM has ended.
-    Exited {
-        /// Its last words, or how it ended.
-        reason: String,
-    },
-}
-
 /// What a VM could not do. Whatever it was, this side's VM cannot be trusted any more.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {

@@ -1,0 +1,123 @@
+//! How two sides meet: four connections from the primary to one port of the secondary.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow, bail};
+
+use crate::link::{Channel, Hello, HelloError, accept_hello, offer_hello};
+
+/// How long a connected peer may take to say hello.
+const HELLO_LIMIT: Duration = Duration::from_secs(5);
+
+/// Time between two attempts to reach a peer that is not there yet.
+const RETRY: Duration = Duration::from_millis(200);
+
+const CHANNELS: [Channel; 4] = [Channel::Checkpoint, Channel::Heartbeat, Channel::Network, Channel::Block];
+
+/// The connections of a pair.
+pub(super) struct Links {
+    pub(super) checkpoint: TcpStream,
+    pub(super) heartbeat: TcpStream,
+    pub(super) network: TcpStream,
+    pub(super) block: TcpStream,
+}
+
+/// Connects to the secondary. A peer that is not there yet is waited for, at most `limit`.
+pub(super) fn connect(to: SocketAddr, ours: &Hello, limit: Option<Duration>) -> anyhow::Result<Links> {
+    let began = Instant::now();
+    let mut told = false;
+    loop {
+        match try_connect(to, ours) {
+            Ok(links) => return Ok(links),
+            Err(Failure::NotThere(error)) => {
+                if limit.is_some_and(|limit| began.elapsed() > limit) {
+                    return Err(error).with_context(|| {
+                        format!(
+                            "The secondary does not answer at {to}: start `colo run` there, or check the link"
+                        )
+                    });
+                }
+                if !told {
+                    tracing::info!("Waiting for the secondary at {to} ({error})");
+                    told = true;
+                }
+                std::thread::sleep(RETRY);
+            }
+            Err(Failure::Final(error)) => {
+                return Err(error.context(format!("The peer at {to} cannot be used")));
+            }
+        }
+    }
+}
+
+enum Failure {
+    NotThere(io::Error),
+    Final(anyhow::Error),
+}
+
+fn try_connect(to: SocketAddr, ours: &Hello) -> Result<Links, Failure> {
+    let open = |channel| {
+        let mut stream = TcpStream::connect_timeout(&to, HELLO_LIMIT).map_err(Failure::NotThere)?;
+        prepare(&stream).map_err(|error| Failure::Final(error.into()))?;
+        match offer_hello(&mut stream, &Hello { channel, ..ours.clone() }) {
+            Ok(_) => {}
+            // The peer ended, or is not serving yet, between the two steps.
+            Err(HelloError::Frame(crate::link::FrameError::Io(error)))
+                if error.kind() != io::ErrorKind::WouldBlock && error.kind() != io::ErrorKind::TimedOut =>
+            {
+                return Err(Failure::NotThere(error));
+            }
+            Err(error) => return Err(Failure::Final(error.into())),
+        }
+        stream.set_read_timeout(None).map_err(|error| Failure::Final(error.into()))?;
+        Ok(stream)
+    };
+    Ok(Links {
+        checkpoint: open(Channel::Checkpoint)?,
+        heartbeat: open(Channel::Heartbeat)?,
+        network: open(Channel::Network)?,
+        block: open(Channel::Block)?,
+    })
+}
+
+/// Waits for the primary. A stranger at the port is told off and logged, and the wait goes on; a peer of ours that
+/// does not fit ends it.
+pub(super) fn accept(listener: &TcpListener, ours: &Hello) -> anyhow::Result<Links> {
+    let mut streams: [Option<TcpStream>; 4] = [None, None, None, None];
+    loop {
+        let (mut stream, from) = listener.accept().context("The link port cannot be listened on any more")?;
+        prepare(&stream)?;
+        let theirs = match accept_hello(&mut stream, |channel| Hello { channel, ..ours.clone() }) {
+            Ok(theirs) => theirs,
+            Err(error @ HelloError::Mismatch(_)) => {
+                return Err(anyhow!(error).context(format!("The peer at {from} cannot be used")));
+            }
+            Err(error) => {
+                tracing::warn!("Connection from {from} refused: {error}");
+                continue;
+            }
+        };
+        stream.set_read_timeout(None)?;
+        // A primary that begins anew has given up what it opened before.
+        if theirs.channel == Channel::Checkpoint {
+            streams = [None, None, None, None];
+        }
+        let Some(at) = CHANNELS.iter().position(|channel| *channel == theirs.channel) else {
+            bail!("A channel without a place: {:?}", theirs.channel);
+        };
+        streams[at] = Some(stream);
+        if let [Some(_), Some(_), Some(_), Some(_)] = streams {
+            let [Some(checkpoint), Some(heartbeat), Some(network), Some(block)] = streams else {
+                unreachable!()
+            };
+            return Ok(Links { checkpoint, heartbeat, network, block });
+        }
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(HELLO_LIMIT))
+}
