@@ -168,6 +168,12 @@ impl Arguments {
 }
 
 impl QemuConfig {
+    /// The CPU model. The accelerator must be resolved.
+    pub(super) fn cpu_model(&self) -> &str {
+        let default = if self.accelerator == Accelerator::Tcg { "max" } else { "host" };
+        self.cpu.as_deref().unwrap_or(default)
+    }
+
     /// The command line, without the program. The accelerator must be resolved.
     pub(super) fn arguments(&self, inherited: &Inherited) -> Vec<OsString> {
         let tcg = self.accelerator == Accelerator::Tcg;
@@ -176,9 +182,12 @@ impl QemuConfig {
             arguments.0.push(flag.into());
         }
         arguments.add("-display", "none");
+        // A guest that switches itself off is told as an event and leaves QEMU there, paused: the secondary's may be ahead of
+        // the primary's, and whether it goes on is not QEMU's to decide.
+        arguments.add("-action", "shutdown=pause");
         arguments.add("-name", self.name.replace(',', ",,"));
         arguments.add("-accel", if tcg { "tcg,thread=multi" } else { "kvm" });
-        arguments.add("-cpu", self.cpu.as_deref().unwrap_or(if tcg { "max" } else { "host" }));
+        arguments.add("-cpu", self.cpu_model());
         arguments.add("-smp", self.vcpus.to_string());
         arguments.add("-m", format!("{}K", self.memory_bytes / 1024));
         // The description of the device state is 15 times its size, and nobody reads it.

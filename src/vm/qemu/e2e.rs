@@ -1,7 +1,6 @@
 //! Two QEMUs with a real guest: one is checkpointed into the other again and again, then dies.
 //!
-//! Needs a Linux kernel and an initial RAM disk that writes `tick N` to the serial port a few times a second, named by
-//! COLO_TEST_KERNEL and COLO_TEST_INITRD.
+//! Needs a Linux kernel and an initial RAM disk with a /bin/busybox in it, named by COLO_TEST_KERNEL and COLO_TEST_INITRD.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,6 +9,9 @@ use super::*;
 use crate::memory::PAGE_BYTES;
 
 const ROUNDS: usize = 20;
+/// What the guests run instead of an init: a line `tick N` on the serial port five times a second, or nothing.
+const TICK: &str = r#"sh -c "i=0; while :; do i=$((i+1)); echo tick $i; /bin/busybox usleep 200000; done""#;
+const POWER_OFF: &str = "poweroff -f";
 const LIMIT: Duration = Duration::from_secs(60);
 
 struct Guest {
@@ -18,17 +20,17 @@ struct Guest {
 }
 
 impl Guest {
-    fn launch(directory: &Path, name: &str, kernel: &str, initrd: &str) -> Self {
+    fn launch(directory: &Path, name: &str, (kernel, initrd): &(String, String), run: &str) -> Self {
         let serial = directory.join(name);
         let config = QemuConfig {
             memory_bytes: 256 << 20,
             vcpus: 2,
             kernel: Some(kernel.into()),
             initrd: Some(initrd.into()),
-            append: Some("console=ttyS0 panic=-1 quiet".into()),
+            append: Some(format!("console=ttyS0 panic=-1 quiet rdinit=/bin/busybox -- {run}")),
             serial: Some(serial.clone()),
             // A block of video RAM, and two option ROMs: private blocks of which two have the same length.
-            extra_args: ["-device", "VGA", "-nic", "none"].map(String::from).to_vec(),
+            extra_args: ["-device", "VGA", "-device", "virtio-net-pci"].map(String::from).to_vec(),
             ..QemuConfig::default()
         };
         Self { vm: QemuVm::launch(&config).unwrap(), serial }
@@ -105,16 +107,22 @@ fn assert_equal(primary: &QemuVm, secondary: &QemuVm, pages: u64, round: usize) 
     assert!(differ.is_empty(), "round {round}: pages {differ:?} differ");
 }
 
+/// Kernel and initial RAM disk.
+fn guest() -> Option<(String, String)> {
+    let guest = (std::env::var("COLO_TEST_KERNEL"), std::env::var("COLO_TEST_INITRD"));
+    if let (Ok(kernel), Ok(initrd)) = guest {
+        return Some((kernel, initrd));
+    }
+    println!("skipped: COLO_TEST_KERNEL and COLO_TEST_INITRD name no guest");
+    None
+}
+
 #[test]
 fn a_guest_goes_on_in_the_other_qemu() {
-    let (Ok(kernel), Ok(initrd)) = (std::env::var("COLO_TEST_KERNEL"), std::env::var("COLO_TEST_INITRD"))
-    else {
-        println!("skipped: COLO_TEST_KERNEL and COLO_TEST_INITRD name no guest");
-        return;
-    };
+    let Some(guest) = guest() else { return };
     let directory = tempfile::tempdir().unwrap();
-    let mut primary = Guest::launch(directory.path(), "primary", &kernel, &initrd);
-    let mut secondary = Guest::launch(directory.path(), "secondary", &kernel, &initrd);
+    let mut primary = Guest::launch(directory.path(), "primary", &guest, TICK);
+    let mut secondary = Guest::launch(directory.path(), "secondary", &guest, TICK);
     assert_eq!(primary.vm.ram_blocks(), secondary.vm.ram_blocks());
     assert_eq!(primary.vm.identity(), secondary.vm.identity());
     let pages = primary.vm.ram_blocks().iter().map(|block| block.bytes / PAGE_BYTES as u64).sum();
@@ -166,6 +174,39 @@ fn a_guest_goes_on_in_the_other_qemu() {
     let tick = secondary.ticks();
     secondary.wait_for_tick(tick + 5);
     assert_eq!(secondary.vm.ended(), None);
+}
+
+#[test]
+fn a_guest_that_switched_itself_off_can_be_replaced() {
+    let Some(guest) = guest() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let mut primary = Guest::launch(directory.path(), "primary", &guest, TICK);
+    let mut secondary = Guest::launch(directory.path(), "secondary", &guest, POWER_OFF);
+    let mut pages = PageSet::new(primary.vm.pages());
+    secondary.vm.resume().unwrap();
+    let began = Instant::now();
+    while !secondary.vm.take_events().contains(&VmEvent::PoweredOff) {
+        assert!(
+            began.elapsed() < LIMIT,
+            "the guest goes on: {}",
+            std::fs::read_to_string(&secondary.serial).unwrap()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    primary.vm.resume().unwrap();
+    primary.wait_for_tick(2);
+    primary.vm.pause().unwrap();
+    primary.vm.start_tracking(&mut pages).unwrap();
+    secondary.vm.start_tracking(&mut pages).unwrap();
+    let mut state = Vec::new();
+    primary.vm.save_devices(&mut state).unwrap();
+    copy(&primary.vm, &mut secondary.vm, &pages);
+    secondary.vm.load_devices(&state).unwrap();
+    pages.clear();
+    secondary.vm.take_dirty(&mut pages).unwrap();
+    copy(&primary.vm, &mut secondary.vm, &pages);
+    secondary.vm.resume().unwrap();
+    secondary.wait_for_tick(5);
 }
 
 #[test]

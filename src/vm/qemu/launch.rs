@@ -143,8 +143,11 @@ impl QemuVm {
         let mut identity = format!("QEMU: {major}.{minor}.{micro}\n");
         identity += &format!("machine: {} ({})\n", machine.as_str().unwrap_or(""), config.machine);
         identity += &format!("accelerator: {}\n", if kvm { "kvm" } else { "tcg" });
-        identity +=
-            &format!("CPUs: {} of {}\n", config.vcpus, config.cpu.as_deref().unwrap_or("the default model"));
+        let cpu = config.cpu_model();
+        identity += &format!("CPUs: {} of {cpu}\n", config.vcpus);
+        if cpu.starts_with("host") {
+            identity += &format!("host CPU: {}\n", host_cpu());
+        }
         for block in ram.blocks() {
             identity += &format!("memory {}: {} bytes\n", block.name, block.bytes);
         }
@@ -157,4 +160,13 @@ impl QemuVm {
         identity += &format!("more arguments: {:?}\n", config.extra_args);
         Ok(Self { process, qmp, ram, devices, tracker: None, identity })
     }
+}
+
+/// What the guest sees of the processor when its model is `host`.
+fn host_cpu() -> String {
+    let told = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let facts = told.lines().take_while(|line| !line.is_empty()).filter_map(|line| line.split_once(':'));
+    let wanted = ["vendor_id", "cpu family", "model", "stepping", "flags"];
+    let values = facts.filter(|(name, _)| wanted.contains(&name.trim())).map(|(_, value)| value.trim());
+    values.collect::<Vec<_>>().join(" / ")
 }

@@ -32,7 +32,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::memory::PageSet;
-use crate::vm::{RamBlock, SharedRam, Vm, VmError};
+use crate::vm::{RamBlock, SharedRam, Vm, VmError, VmEvent};
 pub use config::{Accelerator, Disk, Nic, QemuConfig};
 use device_state::{DeviceState, DeviceStateError};
 pub use launch::LaunchError;
@@ -55,9 +55,22 @@ pub struct QemuVm {
 }
 
 impl QemuVm {
-    /// Readable once QEMU has ended, for whoever waits for several things.
-    pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.process.pidfd()
+    /// Readable when there may be something for [`QemuVm::take_events`]: QEMU's end, and its monitor. What came between
+    /// a command and its reply is in no descriptor any more, so look after commands as well.
+    pub fn event_fds(&self) -> [BorrowedFd<'_>; 2] {
+        [self.process.pidfd(), self.qmp.fd()]
+    }
+
+    /// What the VM did by itself since the last call. Does not wait.
+    pub fn take_events(&mut self) -> Vec<VmEvent> {
+        let mut events = Vec::new();
+        match self.qmp.take_events() {
+            Ok(told) => {
+                events.extend(told.iter().filter(|event| event.is_power_off()).map(|_| VmEvent::PoweredOff));
+            }
+            Err(error) => events.push(VmEvent::Exited { reason: self.failed(error).to_string() }),
+        }
+        events
     }
 
     /// Process id, for messages.
@@ -94,9 +107,6 @@ impl QemuVm {
     fn failed(&self, error: QmpError) -> VmError {
         match error {
             QmpError::Refused { command, error } => VmError::Refused { command, error },
-            QmpError::Closed if self.qmp.guest_has_shut_down() => {
-                VmError::Exited("the guest shut down".into())
-            }
             QmpError::Closed => {
                 let how = self.process.ended(END_LIMIT);
                 VmError::Exited(how.unwrap_or_else(|| "it has closed its monitor, but runs on".into()))
@@ -141,12 +151,7 @@ impl Vm for QemuVm {
             }
             None => {
                 let tracker = Tracker::attach(self.process.pid(), self.process.pidfd(), self.ram.areas());
-                self.tracker = Some(tracker.map_err(|error| {
-                    check::tracker_failed().map_or_else(
-                        || VmError::Io { what: "Cannot track the writes of QEMU".into(), error },
-                        VmError::Unsupported,
-                    )
-                })?);
+                self.tracker = Some(tracker.map_err(check::attach_failed)?);
             }
         }
         self.ram.populated(populated).map_err(VmError::io("Cannot find the pages that the guest uses"))
@@ -169,6 +174,13 @@ impl Vm for QemuVm {
     }
 
     fn load_devices(&mut self, state: &[u8]) -> Result<(), VmError> {
+        if self.qmp.is_powered_off() {
+            // QEMU lets a machine that was switched off run again only after a reset, which loading is not.
+            let reset = self.qmp.execute("system_reset", Value::Null);
+            let reset =
+                reset.and_then(|_| self.qmp.wait_event("system_reset", |event| event.name == "RESET"));
+            reset.map_err(|error| self.failed(error))?;
+        }
         let outcome = self.devices.load(&mut self.qmp, state);
         outcome.map_err(|error| self.devices_failed(error))
     }
