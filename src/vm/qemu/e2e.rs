@@ -185,7 +185,7 @@ fn a_guest_that_switched_itself_off_can_be_replaced() {
     let mut pages = PageSet::new(primary.vm.pages());
     secondary.vm.resume().unwrap();
     let began = Instant::now();
-    while !secondary.vm.take_events().contains(&VmEvent::PoweredOff) {
+    while !secondary.vm.is_powered_off().unwrap() {
         assert!(
             began.elapsed() < LIMIT,
             "the guest goes on: {}",

@@ -32,7 +32,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::memory::PageSet;
-use crate::vm::{RamBlock, SharedRam, Vm, VmError, VmEvent};
+use crate::vm::{RamBlock, SharedRam, Vm, VmError};
 pub use config::{Accelerator, Disk, Nic, QemuConfig};
 use device_state::{DeviceState, DeviceStateError};
 pub use launch::LaunchError;
@@ -55,22 +55,26 @@ pub struct QemuVm {
 }
 
 impl QemuVm {
-    /// Readable when there may be something for [`QemuVm::take_events`]: QEMU's end, and its monitor. What came between
-    /// a command and its reply is in no descriptor any more, so look after commands as well.
-    pub fn event_fds(&self) -> [BorrowedFd<'_>; 2] {
-        [self.process.pidfd(), self.qmp.fd()]
+    /// Readable once QEMU has ended, for whoever waits for several things.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.process.pidfd()
     }
 
-    /// What the VM did by itself since the last call. Does not wait.
-    pub fn take_events(&mut self) -> Vec<VmEvent> {
-        let mut events = Vec::new();
+    /// Readable when QEMU says something unasked, as that the guest has switched itself off. What came between a command and
+    /// its reply is in no descriptor any more, so ask [`QemuVm::is_powered_off`] after commands as well.
+    pub fn monitor_fd(&self) -> BorrowedFd<'_> {
+        self.qmp.fd()
+    }
+
+    /// Whether the guest has switched itself off; QEMU is still there, paused. Does not wait.
+    ///
+    /// # Errors
+    /// QEMU has ended.
+    pub fn is_powered_off(&mut self) -> Result<bool, VmError> {
         match self.qmp.take_events() {
-            Ok(told) => {
-                events.extend(told.iter().filter(|event| event.is_power_off()).map(|_| VmEvent::PoweredOff));
-            }
-            Err(error) => events.push(VmEvent::Exited { reason: self.failed(error).to_string() }),
+            Ok(_) => Ok(self.qmp.is_powered_off()),
+            Err(error) => Err(self.failed(error)),
         }
-        events
     }
 
     /// Process id, for messages.

@@ -55,13 +55,6 @@ pub struct QmpEvent {
     pub data: Value,
 }
 
-impl QmpEvent {
-    /// Whether the guest switched its machine off.
-    pub(super) fn is_power_off(&self) -> bool {
-        self.name == "SHUTDOWN" && self.data["guest"] == true
-    }
-}
-
 /// One line from QEMU. Exactly one of the optional parts says what it is.
 #[derive(Deserialize)]
 struct Message {
