@@ -5,9 +5,13 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::block_buffer::SECTOR_BYTES;
 use crate::lock;
+
+/// How long to wait for the lock: a back end that was killed holds it until the kernel has ended its last writes.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why an image cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -85,8 +89,13 @@ impl Image {
             Some(libc::EBUSY) => ImageError::Busy { path: owned() },
             _ => open_error(error),
         })?;
-        if !lock::try_lock(file.as_fd(), !read_only).map_err(open_error)? {
-            return Err(ImageError::Locked { path: owned() });
+        let patience = Instant::now() + LOCK_PATIENCE;
+        while !lock::try_lock(file.as_fd(), !read_only).map_err(open_error)? {
+            if Instant::now() > patience {
+                return Err(ImageError::Locked { path: owned() });
+            }
+            // there is no waiting for a lock with a limit
+            std::thread::sleep(Duration::from_millis(20));
         }
         let bytes = file.seek(SeekFrom::End(0)).map_err(open_error)?;
         if bytes == 0 || !bytes.is_multiple_of(SECTOR_BYTES as u64) {
