@@ -182,9 +182,6 @@ impl QemuConfig {
             arguments.0.push(flag.into());
         }
         arguments.add("-display", "none");
-        // A guest that switches itself off is told as an event and leaves QEMU there, paused: the secondary's may be ahead of
-        // the primary's, and whether it goes on is not QEMU's to decide.
-        arguments.add("-action", "shutdown=pause");
         arguments.add("-name", self.name.replace(',', ",,"));
         arguments.add("-accel", if tcg { "tcg,thread=multi" } else { "kvm" });
         arguments.add("-cpu", self.cpu_model());

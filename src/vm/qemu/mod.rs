@@ -60,23 +60,6 @@ impl QemuVm {
         self.process.pidfd()
     }
 
-    /// Readable when QEMU says something unasked, as that the guest has switched itself off. What came between a command and
-    /// its reply is in no descriptor any more, so ask [`QemuVm::is_powered_off`] after commands as well.
-    pub fn monitor_fd(&self) -> BorrowedFd<'_> {
-        self.qmp.fd()
-    }
-
-    /// Whether the guest has switched itself off; QEMU is still there, paused. Does not wait.
-    ///
-    /// # Errors
-    /// QEMU has ended.
-    pub fn is_powered_off(&mut self) -> Result<bool, VmError> {
-        match self.qmp.take_events() {
-            Ok(_) => Ok(self.qmp.is_powered_off()),
-            Err(error) => Err(self.failed(error)),
-        }
-    }
-
     /// Process id, for messages.
     pub fn pid(&self) -> u32 {
         self.process.pid().as_raw_nonzero().get().unsigned_abs()
@@ -178,13 +161,6 @@ impl Vm for QemuVm {
     }
 
     fn load_devices(&mut self, state: &[u8]) -> Result<(), VmError> {
-        if self.qmp.is_powered_off() {
-            // QEMU lets a machine that was switched off run again only after a reset, which loading is not.
-            let reset = self.qmp.execute("system_reset", Value::Null);
-            let reset =
-                reset.and_then(|_| self.qmp.wait_event("system_reset", |event| event.name == "RESET"));
-            reset.map_err(|error| self.failed(error))?;
-        }
         let outcome = self.devices.load(&mut self.qmp, state);
         outcome.map_err(|error| self.devices_failed(error))
     }

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -81,7 +80,6 @@ pub struct Qmp {
     received: Vec<u8>,
     searched: usize,
     events: VecDeque<QmpEvent>,
-    powered_off: bool,
     id_last: u64,
 }
 
@@ -93,7 +91,7 @@ impl Qmp {
     pub fn connect(stream: UnixStream, limit: Duration, timeout: Duration) -> Result<Self, QmpError> {
         stream.set_nonblocking(true)?;
         let (received, events) = (Vec::with_capacity(64 << 10), VecDeque::new());
-        let mut qmp = Self { stream, timeout, received, searched: 0, events, powered_off: false, id_last: 0 };
+        let mut qmp = Self { stream, timeout, received, searched: 0, events, id_last: 0 };
         let greeting = qmp.message(Instant::now() + limit, limit, "its start")?;
         if greeting.greeting.is_none() {
             return Err(QmpError::Protocol("it does not begin with a greeting".into()));
@@ -206,22 +204,8 @@ impl Qmp {
         Ok(self.events.drain(..).collect())
     }
 
-    /// Whether the machine is off: it was switched off and not reset since.
-    pub(super) fn is_powered_off(&self) -> bool {
-        self.powered_off
-    }
-
-    /// Readable when something came.
-    pub(super) fn fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
-    }
-
     /// Waits for the first event that `wanted` accepts, and takes it out.
-    pub(super) fn wait_event(
-        &mut self,
-        command: &str,
-        wanted: impl Fn(&QmpEvent) -> bool,
-    ) -> Result<(), QmpError> {
+    fn wait_event(&mut self, command: &str, wanted: impl Fn(&QmpEvent) -> bool) -> Result<(), QmpError> {
         if let Some(index) = self.events.iter().position(&wanted) {
             self.events.remove(index);
             return Ok(());
@@ -231,12 +215,10 @@ impl Qmp {
             let message = self.message(deadline, self.timeout, command)?;
             if let Message { event: Some(name), data, .. } = message {
                 let event = QmpEvent { name, data };
-                let found = wanted(&event);
-                self.keep(event);
-                if found {
-                    self.events.pop_back();
+                if wanted(&event) {
                     return Ok(());
                 }
+                self.keep(event);
             }
         }
     }
@@ -245,11 +227,6 @@ impl Qmp {
         // Jobs report every change of their state; only their end is waited for.
         if event.name == "JOB_STATUS_CHANGE" && event.data["status"] != "concluded" {
             return;
-        }
-        match event.name.as_str() {
-            "SHUTDOWN" => self.powered_off = true,
-            "RESET" => self.powered_off = false,
-            _ => {}
         }
         if self.events.len() == EVENTS_MAX {
             self.events.pop_front();
