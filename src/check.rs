@@ -6,7 +6,8 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use crate::config::{ArbiterConfig, Config};
-use crate::pair::find_program;
+use crate::pair::{find_program, qemu_config};
+use crate::vm::qemu;
 
 /// Every point that fails, each a sentence with its remedy. Nothing is changed on the host.
 pub fn faults(config: &Config, node: &str) -> Vec<String> {
@@ -53,6 +54,7 @@ pub fn faults(config: &Config, node: &str) -> Vec<String> {
             "io_uring cannot be used ({error}): Linux 6.1 or later is needed, and kernel.io_uring_disabled=0"
         ));
     }
+    faults.extend(qemu::check::host(&qemu_config(config, node, Path::new(""))));
     faults
 }
 

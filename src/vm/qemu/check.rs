@@ -29,7 +29,7 @@ const UNFIT_DEVICES: [(&str, &str); 7] = [
 ];
 
 /// Tries whether the VM can be protected on this host: starts it paused, without its network cards and disks, which need their
-/// back ends, and takes it through everything that a checkpoint does. Returns what does not work.
+/// back ends, and without its kernel, and takes it through everything that a checkpoint does. Returns what does not work.
 pub fn host(config: &QemuConfig) -> Vec<String> {
     let mut faults = Vec::new();
     faults.extend(tracker_failed());
@@ -37,6 +37,7 @@ pub fn host(config: &QemuConfig) -> Vec<String> {
     let trial = QemuConfig {
         nics: Vec::new(),
         disks: Vec::new(),
+        kernel: None,
         serial: None,
         operator_qmp: None,
         accelerator: config.accelerator.resolve(),
