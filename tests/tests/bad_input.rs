@@ -167,8 +167,10 @@ fn a_secondary_that_speaks_nonsense() -> Result<()> {
     let before = disks(&pair)?;
     let address = format!("{}:7470", Side::B.link_address());
     let listener = pair.lab().host(Side::B).namespace().run(|| TcpListener::bind(&address))??;
-    pair.run(Side::A, &PairOptions::default())?;
-    let (mut stream, _) = listener.accept()?;
+    listener.set_nonblocking(true)?;
+    let primary = pair.run(Side::A, &PairOptions::default())?;
+    let accept = || listener.accept().ok();
+    let (mut stream, _) = primary.until("connection to its peer", Duration::from_secs(20), accept)?;
     stream.write_all(b"220 mail.example ESMTP\r\n250 whatever you say, at some length\r\n")?;
     fails(&mut pair, Side::A, &["COLO link"])?;
     let _ = stream.read(&mut [0; 100]);
