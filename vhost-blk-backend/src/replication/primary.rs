@@ -242,3 +242,53 @@ fn send(mut stream: LinkStream, mut epoch: u64, frames: &Receiver<Outgoing>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn attached() -> (Arc<Primary>, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let primary = Primary::attach(ours.into(), 1, EventSender::default(), Wakers(Vec::new())).unwrap();
+        (primary, theirs)
+    }
+
+    fn data(sectors: usize) -> Arc<Vec<u8>> {
+        Arc::new(vec![1; sectors * 512])
+    }
+
+    #[test]
+    fn a_write_that_overlaps_one_on_its_way_waits_for_it() {
+        let (primary, _peer) = attached();
+        assert!(primary.admit(1024, &data(4)));
+        assert!(primary.admit(0, &data(2)) && primary.admit(3072, &data(1)), "neighbours do not overlap");
+        for (offset, sectors) in [(1024, 4), (512, 2), (2560, 1), (0, 20)] {
+            assert!(!primary.admit(offset, &data(sectors)), "{sectors} sectors at {offset}");
+        }
+        assert!(primary.shared.lock().waiting);
+        primary.written(1024, 2048);
+        assert!(!primary.shared.lock().waiting);
+        assert!(primary.admit(1536, &data(2)));
+    }
+
+    #[test]
+    fn acknowledgements_open_the_window_and_false_ones_end_the_link() {
+        let (primary, mut peer) = attached();
+        let most = Arc::new(vec![0; WINDOW_BYTES as usize]);
+        assert!(primary.admit(0, &most));
+        assert!(!primary.admit(WINDOW_BYTES, &data(1)));
+        Message::Applied { bytes: 512 }.send(&mut peer, 0).unwrap();
+        while primary.shared.lock().applied_bytes == 0 {
+            std::thread::yield_now();
+        }
+        assert!(primary.admit(WINDOW_BYTES, &data(1)));
+        Message::Applied { bytes: WINDOW_BYTES + 513 }.send(&mut peer, 0).unwrap();
+        while !primary.shared.stream.is_closed() {
+            std::thread::yield_now();
+        }
+        assert!(!primary.admit(2 * WINDOW_BYTES, &data(1)));
+        assert!(primary.marker(1).is_err());
+    }
+}
