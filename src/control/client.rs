@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 use super::protocol::{Command, Event, Greeting, PROTOCOL_VERSION};
 use super::wire::{LineReader, write_line};
 
+/// How long a back end may take to say that it serves.
+const GREETING_LIMIT: Duration = Duration::from_secs(30);
+
 /// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -82,10 +85,12 @@ impl Client {
         let io_error = |error| ClientError::Io { path: path.to_owned(), error };
         let protocol = |what: String| ClientError::Protocol { path: path.to_owned(), what };
         let stream = UnixStream::connect(path).map_err(io_error)?;
+        stream.set_read_timeout(Some(GREETING_LIMIT)).map_err(io_error)?;
         let mut lines = LineReader::new(stream.try_clone().map_err(io_error)?);
         let Some((line, _)) = lines.next_line().map_err(io_error)? else {
             return Err(ClientError::Closed { path: path.to_owned() });
         };
+        stream.set_read_timeout(None).map_err(io_error)?;
         let greeting: Greeting =
             serde_json::from_str(&line).map_err(|e| protocol(format!("Greeting not understood: {e}")))?;
         if greeting.protocol != PROTOCOL_VERSION {
