@@ -47,14 +47,16 @@ pub fn host(config: &QemuConfig) -> Vec<String> {
         Err(error) => faults.push(error.to_string()),
         Ok(mut vm) => {
             match inspect(vm.qmp()) {
-                Ok(unfit) => faults.extend(unfit),
+                // A device that cannot be saved may take QEMU down when it is.
+                Ok(unfit) if !unfit.is_empty() => faults.extend(unfit),
                 Err(error) => faults.push(error.to_string()),
-            }
-            // Without a tracker the sentence about it is there already.
-            if let Err(error) = rehearse(&mut vm)
-                && !faults.contains(&error.to_string())
-            {
-                faults.push(error.to_string());
+                Ok(_) => {
+                    // What is wrong with the kernel is there already.
+                    let failed = rehearse(&mut vm).err().map(|error| error.to_string());
+                    faults.extend(
+                        failed.filter(|error| !faults.contains(error)).into_iter().collect::<Vec<_>>(),
+                    );
+                }
             }
         }
     }

@@ -201,7 +201,7 @@ impl QemuConfig {
         arguments.add(
             "-blockdev",
             format!(
-                "driver=qcow2,node-name={},file.driver=file,file.locking=off,file.filename=/proc/self/fd/{}",
+                "driver=qcow2,node-name={},cache.no-flush=on,file.driver=file,file.locking=off,file.filename=/proc/self/fd/{}",
                 device_state::NODE,
                 inherited.vmstate
             ),

@@ -12,7 +12,7 @@ use super::qcow2;
 use super::qmp::{Qmp, QmpError};
 
 /// The block node of the image that QEMU loads from.
-pub(super) const NODE: &str = "colo-vmstate";
+pub(super) const NODE: &str = "vmstate";
 const SNAPSHOT: &str = "colo";
 
 /// How a migration stream begins.

@@ -2,13 +2,16 @@
 //!
 //! Needs a Linux kernel and an initial RAM disk with a /bin/busybox in it, named by COLO_TEST_KERNEL and COLO_TEST_INITRD.
 
+use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use super::*;
 use crate::memory::PAGE_BYTES;
 
 const ROUNDS: usize = 20;
+const LOADS: usize = 100;
 /// What the guests run instead of an init: a line `tick N` on the serial port five times a second.
 const TICK: &str = r#"sh -c "i=0; while :; do i=$((i+1)); echo tick $i; /bin/busybox usleep 200000; done""#;
 const LIMIT: Duration = Duration::from_secs(60);
@@ -116,6 +119,14 @@ fn guest() -> Option<(String, String)> {
     None
 }
 
+fn installed(program: &str) -> bool {
+    let found = Command::new(program).arg("--version").output().is_ok();
+    if !found {
+        println!("skipped: no {program}");
+    }
+    found
+}
+
 #[test]
 fn a_guest_goes_on_in_the_other_qemu() {
     let Some(guest) = guest() else { return };
@@ -180,8 +191,7 @@ fn what_qemu_cannot_do_is_told_in_its_words() {
     let launch = |config: QemuConfig| QemuVm::launch(&config).err().unwrap().to_string();
     let missing = launch(QemuConfig { binary: "/nonexistent/qemu".into(), ..QemuConfig::default() });
     assert!(missing.contains("/nonexistent/qemu") && missing.contains("install QEMU"), "{missing}");
-    if std::process::Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
-        println!("skipped: no qemu-system-x86_64");
+    if !installed("qemu-system-x86_64") {
         return;
     }
     let machine = launch(QemuConfig { machine: "nonsense".into(), ..QemuConfig::default() });
@@ -189,4 +199,22 @@ fn what_qemu_cannot_do_is_told_in_its_words() {
     let disk = Disk { socket: "/nonexistent/blk.sock".into(), queues: 1 };
     let socket = launch(QemuConfig { disks: vec![disk], ..QemuConfig::default() });
     assert!(socket.contains("/nonexistent/blk.sock"), "{socket}");
+}
+
+#[test]
+fn loading_leaves_the_image_sound() {
+    if !installed("qemu-system-x86_64") || !installed("qemu-img") {
+        return;
+    }
+    let mut vm = QemuVm::launch(&QemuConfig { memory_bytes: 32 << 20, ..QemuConfig::default() }).unwrap();
+    let mut state = Vec::new();
+    for _ in 0..LOADS {
+        vm.save_devices(&mut state).unwrap();
+        vm.load_devices(&state).unwrap();
+    }
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    std::fs::copy(format!("/proc/self/fd/{}", vm.devices.image_fd().as_raw_fd()), copy.path()).unwrap();
+    let check = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(copy.path()).output().unwrap();
+    let said = String::from_utf8_lossy(&check.stdout) + String::from_utf8_lossy(&check.stderr);
+    assert!(check.status.success() && said.contains("No errors were found"), "{said}");
 }

@@ -128,7 +128,8 @@ impl Vm for QemuVm {
     }
 
     fn resume(&mut self) -> Result<(), VmError> {
-        self.command("cont")
+        self.command("cont")?;
+        self.qmp.dismiss_jobs().map_err(|error| self.failed(error))
     }
 
     fn start_tracking(&mut self, populated: &mut PageSet) -> Result<(), VmError> {

@@ -15,6 +15,8 @@ const MESSAGE_BYTES_MAX: usize = 8 << 20;
 /// A guest can cause events: more than this many that nobody asked for are forgotten, oldest first.
 const EVENTS_MAX: usize = 256;
 
+const JOB_EVENT: &str = "JOB_STATUS_CHANGE";
+
 /// Why a command has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
@@ -54,6 +56,12 @@ pub struct QmpEvent {
     pub data: Value,
 }
 
+impl QmpEvent {
+    fn is_of_job(&self, job: &str) -> bool {
+        self.name == JOB_EVENT && self.data["id"] == job
+    }
+}
+
 /// One line from QEMU. Exactly one of the optional parts says what it is.
 #[derive(Deserialize)]
 struct Message {
@@ -74,12 +82,15 @@ struct Refusal {
 }
 
 /// A connection to QEMU's monitor. One command at a time.
+///
+/// QEMU reads its monitor byte by byte, at 2 µs and seven system calls each: what a checkpoint sends is kept short.
 pub struct Qmp {
     stream: UnixStream,
     timeout: Duration,
     received: Vec<u8>,
     searched: usize,
     events: VecDeque<QmpEvent>,
+    ended_job: Option<String>,
     id_last: u64,
 }
 
@@ -91,7 +102,7 @@ impl Qmp {
     pub fn connect(stream: UnixStream, limit: Duration, timeout: Duration) -> Result<Self, QmpError> {
         stream.set_nonblocking(true)?;
         let (received, events) = (Vec::with_capacity(64 << 10), VecDeque::new());
-        let mut qmp = Self { stream, timeout, received, searched: 0, events, id_last: 0 };
+        let mut qmp = Self { stream, timeout, received, searched: 0, events, ended_job: None, id_last: 0 };
         let greeting = qmp.message(Instant::now() + limit, limit, "its start")?;
         if greeting.greeting.is_none() {
             return Err(QmpError::Protocol("it does not begin with a greeting".into()));
@@ -158,33 +169,45 @@ impl Qmp {
         refused.map_or(Ok(results), Err)
     }
 
-    /// Runs a job to its end. Waits for the event that tells the end, then asks how it went and forgets the job.
+    /// Runs a job to its end. QEMU keeps a job that has ended until [`Qmp::dismiss_jobs`].
     ///
     /// # Errors
     /// QEMU refuses the job or the job fails, hangs or has ended.
     pub fn run_job(&mut self, command: &str, mut arguments: Value) -> Result<(), QmpError> {
-        let job = format!("colo-{}", self.id_last + 1);
+        self.dismiss_jobs()?;
+        let job = format!("j{}", self.id_last);
         arguments["job-id"] = json!(job);
         self.execute(command, arguments)?;
-        let concluded = |event: &QmpEvent| {
-            event.name == "JOB_STATUS_CHANGE"
-                && event.data["id"] == job.as_str()
-                && event.data["status"] == "concluded"
-        };
-        self.wait_event(command, concluded)?;
-        let asked = [("query-jobs", Value::Null), ("job-dismiss", json!({"id": job}))];
-        let [jobs, _] = self.execute_all(asked)?;
-        let ours = jobs.as_array().and_then(|jobs| jobs.iter().find(|found| found["id"] == job.as_str()));
-        match ours {
-            None => Err(QmpError::Protocol(format!("the job of {command} is not in the list of jobs"))),
-            Some(job) => match job.get("error") {
-                None => Ok(()),
-                Some(error) => Err(QmpError::Refused {
-                    command: command.into(),
-                    error: error.as_str().unwrap_or("unknown error").into(),
-                }),
-            },
+        let deadline = Instant::now() + self.timeout;
+        let mut failed = false;
+        // A job that fails says that it is aborting before it concludes, so one that did not need not be asked.
+        loop {
+            let event = self.wait_event(command, deadline, |event| event.is_of_job(&job))?;
+            match event.data["status"].as_str() {
+                Some("concluded") => break,
+                Some("aborting") => failed = true,
+                _ => {}
+            }
         }
+        self.ended_job = Some(job);
+        if failed { Err(self.failure_of_job(command)?) } else { Ok(()) }
+    }
+
+    /// Has QEMU forget the job that has ended. A round trip that a checkpoint need not wait for.
+    ///
+    /// # Errors
+    /// QEMU hangs or has ended.
+    pub fn dismiss_jobs(&mut self) -> Result<(), QmpError> {
+        let Some(job) = self.ended_job.take() else { return Ok(()) };
+        self.execute("job-dismiss", json!({"id": job})).map(drop)
+    }
+
+    fn failure_of_job(&mut self, command: &str) -> Result<QmpError, QmpError> {
+        let jobs = self.execute("query-jobs", Value::Null)?;
+        let ours = |job: &&Value| job["id"].as_str() == self.ended_job.as_deref();
+        let error =
+            jobs.as_array().and_then(|jobs| jobs.iter().find(ours)).and_then(|job| job["error"].as_str());
+        Ok(QmpError::Refused { command: command.into(), error: error.unwrap_or("unknown error").into() })
     }
 
     /// The events that came since the last call. Does not wait.
@@ -205,18 +228,22 @@ impl Qmp {
     }
 
     /// Waits for the first event that `wanted` accepts, and takes it out.
-    fn wait_event(&mut self, command: &str, wanted: impl Fn(&QmpEvent) -> bool) -> Result<(), QmpError> {
-        if let Some(index) = self.events.iter().position(&wanted) {
-            self.events.remove(index);
-            return Ok(());
+    fn wait_event(
+        &mut self,
+        command: &str,
+        deadline: Instant,
+        wanted: impl Fn(&QmpEvent) -> bool,
+    ) -> Result<QmpEvent, QmpError> {
+        if let Some(event) = self.events.iter().position(&wanted).and_then(|index| self.events.remove(index))
+        {
+            return Ok(event);
         }
-        let deadline = Instant::now() + self.timeout;
         loop {
             let message = self.message(deadline, self.timeout, command)?;
             if let Message { event: Some(name), data, .. } = message {
                 let event = QmpEvent { name, data };
                 if wanted(&event) {
-                    return Ok(());
+                    return Ok(event);
                 }
                 self.keep(event);
             }
@@ -224,8 +251,10 @@ impl Qmp {
     }
 
     fn keep(&mut self, event: QmpEvent) {
-        // Jobs report every change of their state; only their end is waited for.
-        if event.name == "JOB_STATUS_CHANGE" && event.data["status"] != "concluded" {
+        // Jobs report every change of their state; only how they end is waited for.
+        if event.name == JOB_EVENT
+            && !["aborting", "concluded"].contains(&event.data["status"].as_str().unwrap_or(""))
+        {
             return;
         }
         if self.events.len() == EVENTS_MAX {
@@ -358,6 +387,11 @@ mod tests {
         assert!(matches!(qmp.execute("next", Value::Null), Err(QmpError::Closed)));
     }
 
+    const SUCCEEDS: [&str; 2] = [
+        r#"{"return":{},"id":$ID}"#,
+        r#"{"event":"JOB_STATUS_CHANGE","data":{"status":"concluded","id":"$JOB"}}"#,
+    ];
+
     #[test]
     fn a_job_is_waited_for_and_its_failure_told() {
         let (stream, served) = qemu(&[
@@ -367,15 +401,18 @@ mod tests {
                     r#"{"event":"JOB_STATUS_CHANGE","data":{"status":"running","id":"$JOB"}}"#,
                     r#"{"return":{},"id":$ID}"#,
                     r#"{"event":"JOB_STATUS_CHANGE","data":{"status":"concluded","id":"other"}}"#,
+                    r#"{"event":"JOB_STATUS_CHANGE","data":{"status":"aborting","id":"$JOB"}}"#,
                     r#"{"event":"JOB_STATUS_CHANGE","data":{"status":"concluded","id":"$JOB"}}"#,
                 ],
             ),
             ("query-jobs", &[r#"{"return":[{"id":"$JOB","error":"it broke"}],"id":$ID}"#]),
             ("job-dismiss", &[r#"{"return":{},"id":$ID}"#]),
+            ("snapshot-load", &SUCCEEDS),
         ]);
         let mut qmp = Qmp::connect(stream, SECOND, SECOND).unwrap();
         let error = qmp.run_job("snapshot-load", json!({})).unwrap_err();
         assert_eq!(error.to_string(), "QEMU refuses snapshot-load: it broke");
+        qmp.run_job("snapshot-load", json!({})).unwrap();
         served.join().unwrap();
     }
 
