@@ -302,7 +302,6 @@ mod tests {
                         prop_assert_eq!(buffer.blocks(), 0);
                     }
                 }
-                prop_assert_eq!(&disk, &sectors(&pvm));
                 let (active, hidden) = buffer.sectors();
                 prop_assert!(active + hidden <= buffer.blocks() as u64 * SECTORS_PER_BLOCK);
                 prop_assert!(buffer.blocks() <= buffer.blocks_high_water());
