@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 use super::protocol::{Command, Event, Greeting, PROTOCOL_VERSION};
 use super::wire::{LineReader, write_line};
 
-/// How long a back end may take to say that it serves.
-const GREETING_LIMIT: Duration = Duration::from_secs(30);
+/// How long a back end may take to say that it serves: a disk is read once before, for its digest.
+const GREETING_LIMIT: Duration = Duration::from_secs(600);
 
 /// Why a command was not carried out.
 #[derive(Debug, thiserror::Error)]
