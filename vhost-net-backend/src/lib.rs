@@ -1,10 +1,12 @@
 //! The net back end of COLO: a vhost-user-net device server, and the proxy that keeps a pair's output the same.
 
 pub mod cli;
+pub mod compare;
 pub mod device;
 pub mod frame;
 pub mod packet;
 pub mod proxy;
+pub mod rewrite;
 pub mod tap;
 pub mod wire;
 pub mod worker;

@@ -20,6 +20,18 @@ pub fn of(pieces: &[&[u8]]) -> u16 {
     !fold(pieces.iter().map(|piece| add(piece)).sum())
 }
 
+/// The checksum of a TCP segment that begins at `tcp_at` and ends with the frame, over the pseudo header of the IP header
+/// at `ip_at` (RFC 9293 §3.1). The checksum's own place must hold zeros.
+///
+/// # Panics
+/// When the frame does not hold these headers.
+pub fn of_tcp(frame: &[u8], ip_at: usize, tcp_at: usize) -> u16 {
+    let addresses = if frame[ip_at] >> 4 == 4 { ip_at + 12..ip_at + 20 } else { ip_at + 8..ip_at + 40 };
+    let segment = &frame[tcp_at..];
+    let bytes = (segment.len() as u32).to_be_bytes();
+    of(&[&frame[addresses], &bytes, &[0, super::PROTOCOL_TCP], segment])
+}
+
 /// Overwrites `frame[at..]` with `new` and corrects the checksum that stands at `checksum_at` and covers it; what it
 /// covers begins at `covered_at`, which tells the halves of its words apart.
 ///

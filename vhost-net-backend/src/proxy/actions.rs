@@ -126,10 +126,11 @@ impl Actions {
         &mut self.bytes[range]
     }
 
-    /// Adds a frame for the peer.
-    pub fn push_to_peer(&mut self, kind: u16, epoch: u64, payload: &[u8]) {
-        let payload = self.keep(payload);
-        self.entries.push(Entry::ToPeer { kind, epoch, payload });
+    /// Adds a frame for the peer; what is returned may still be changed.
+    pub fn push_to_peer(&mut self, kind: u16, epoch: u64, payload: &[u8]) -> &mut [u8] {
+        let range = self.keep(payload);
+        self.entries.push(Entry::ToPeer { kind, epoch, payload: range.clone() });
+        &mut self.bytes[range]
     }
 
     /// Adds a wish for a checkpoint.

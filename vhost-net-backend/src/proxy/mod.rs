@@ -1,5 +1,65 @@
 //! The proxy of one VM's network: packets, orders and times in, actions out. It does no I/O and knows no clock.
+//!
+//! Times are microseconds of any clock that does not go back. Frames are Ethernet frames with whole checksums, without
+//! a virtio-net header.
 
 mod actions;
+mod announce;
+mod primary;
+mod secondary;
 
 pub use actions::{Action, Actions, Cause};
+pub use announce::GuestAddresses;
+pub use primary::{Primary, PrimaryStats};
+pub use secondary::{Secondary, SecondaryStats};
+
+use serde::Serialize;
+
+/// What the proxy keeps within.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    /// Limits of the primary's comparison.
+    pub compare: crate::compare::Limits,
+    /// Limits of the secondary's rewriter.
+    pub rewrite: crate::rewrite::Limits,
+}
+
+/// An order that does not fit what goes on. The controller and this side have lost each other.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OrderError {
+    /// The order names another epoch than the one that is running.
+    #[error("{order} for epoch {epoch}, but epoch {running} is running")]
+    Epoch {
+        /// Which order.
+        order: &'static str,
+        /// The epoch it names.
+        epoch: u64,
+        /// The one that is running.
+        running: u64,
+    },
+    /// The order makes sense only as long as the pair is one.
+    #[error("{order} while {mode:?}")]
+    Mode {
+        /// Which order.
+        order: &'static str,
+        /// How things stand.
+        mode: Mode,
+    },
+}
+
+/// How things stand with the pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// The peer is there.
+    Protected,
+    /// The peer is lost and nothing is decided: nothing gets out.
+    Detached,
+    /// This side has won: everything gets out.
+    Alone,
+    /// This side has lost: nothing gets out, for ever.
+    Silent,
+}
+
+/// How often tables are looked through for what has aged, in microseconds.
+const HOUSEKEEPING_US: u64 = 1_000_000;

@@ -1,0 +1,426 @@
+//! Comparison of one TCP flow: may the PVM's next segment leave?
+//!
+//! The secondary's rewriter has put the SVM's sequence numbers into the PVM's space, so both streams have the same
+//! positions. Nothing but the guest's own direction is looked at.
+
+use std::collections::VecDeque;
+
+use super::stream::{Agreement, Anchor, Ranges, Store};
+use super::window::Window;
+use crate::packet::{Flags, Packet, Segment, SynOptions};
+
+/// Whether a segment of the PVM may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// The SVM has said and acknowledged as much.
+    Release,
+    /// The SVM has not yet.
+    Wait(Wait),
+    /// The SVM has said something else, and waiting will not change that.
+    Differ(Difference),
+}
+
+/// What a segment waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// The SVM's bytes from here on: an offset into the segment's data.
+    Bytes(usize),
+    /// An acknowledgment by the SVM that reaches as far as this.
+    Ack {
+        /// What the PVM acknowledges.
+        needed: u32,
+        /// How far the SVM is.
+        svm: Option<u32>,
+    },
+    /// The SVM's SYN.
+    Syn,
+    /// The SVM's FIN.
+    Fin,
+    /// The SVM's RST.
+    Rst,
+}
+
+/// How the streams differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Difference {
+    /// A byte of data.
+    Byte {
+        /// Bytes since the SYN; since some point of the stream where no SYN was seen.
+        offset: u64,
+        /// The PVM's.
+        pvm: u8,
+        /// The SVM's.
+        svm: u8,
+    },
+    /// One of them opens, ends or resets the connection and the other does not.
+    Event {
+        /// What the PVM does.
+        pvm: &'static str,
+        /// What the SVM does.
+        svm: &'static str,
+    },
+    /// The SYNs offer different options.
+    Options {
+        /// The PVM's.
+        pvm: SynOptions,
+        /// The SVM's.
+        svm: SynOptions,
+    },
+}
+
+/// The SVM's connections on one flow that are kept ahead of the PVM; more are a divergence anyway.
+const AHEAD_MAX: usize = 4;
+
+/// Flags of a SYN that must be the same.
+const SYN_FLAGS: u16 = Flags::SYN | Flags::ACK | Flags::ECE | Flags::CWR;
+
+#[derive(Debug)]
+struct SvmSyn {
+    isn: u32,
+    flags: u16,
+    options: SynOptions,
+}
+
+/// The SVM's end of one connection, as far as it is ahead of the PVM's.
+#[derive(Debug, Default)]
+struct SvmEnd {
+    anchor: Anchor,
+    syn: Option<SvmSyn>,
+    store: Store,
+    fin: Option<u64>,
+    reset: bool,
+    /// Acknowledgment number of the RST that refused a SYN.
+    refused: Option<u32>,
+    ack: Option<u32>,
+    /// Right edge of the window that it has offered.
+    edge: Option<u32>,
+}
+
+/// One TCP flow.
+#[derive(Debug, Default)]
+pub(super) struct TcpFlow {
+    /// The PVM's initial sequence number, when its SYN has been released.
+    isn: Option<u32>,
+    /// What of the PVM's stream need not be compared (again).
+    settled: Ranges,
+    fin: Option<u64>,
+    reset: bool,
+    /// How far the PVM has acknowledged in what was released.
+    pvm_ack: Option<u32>,
+    window: Window,
+    /// The SVM's end of the connection that the PVM's next segment belongs to.
+    svm: SvmEnd,
+    /// Connections that the SVM has opened since on the same ports.
+    ahead: VecDeque<SvmEnd>,
+}
+
+pub(super) fn at_least(a: Option<u32>, b: u32) -> bool {
+    a.is_some_and(|a| a.wrapping_sub(b).cast_signed() >= 0)
+}
+
+pub(super) fn raise(old: &mut Option<u32>, new: u32) {
+    if !at_least(*old, new) {
+        *old = Some(new);
+    }
+}
+
+/// A RST that answers a SYN (RFC 9293 §3.10.7.1): it stands outside of any connection, so it is told from others by
+/// what it acknowledges.
+pub(crate) fn is_refusal(segment: &Segment) -> bool {
+    segment.flags.has(Flags::RST | Flags::ACK) && segment.seq == 0
+}
+
+impl SvmEnd {
+    fn begin(segment: &Segment, frame: &[u8]) -> Self {
+        let mut end = Self {
+            anchor: Anchor::at(segment.seq),
+            syn: Some(SvmSyn {
+                isn: segment.seq,
+                flags: segment.flags.0 & SYN_FLAGS,
+                options: segment.syn_options(frame),
+            }),
+            edge: Window::of_syn(segment, frame).pvm_edge(),
+            ..Self::default()
+        };
+        let data_at = end.anchor.place(segment.seq) + 1;
+        end.store.insert(data_at, &frame[segment.payload.clone()]);
+        end
+    }
+}
+
+impl TcpFlow {
+    /// About how much memory the SVM's output takes here.
+    pub(super) fn cost(&self) -> usize {
+        self.svm.store.cost() + self.ahead.iter().map(|end| end.store.cost()).sum::<usize>()
+    }
+
+    /// The PVM's initial sequence number, when its SYN has been released.
+    pub(super) fn isn(&self) -> Option<u32> {
+        self.isn
+    }
+
+    /// Whether the connection has ended as far as the guest is concerned.
+    pub(super) fn is_closed(&self) -> bool {
+        self.reset || self.fin.is_some()
+    }
+
+    /// Takes in a segment of the SVM.
+    pub(super) fn svm_says(&mut self, segment: &Segment, frame: &[u8]) {
+        let flags = segment.flags;
+        if flags.has(Flags::SYN) && !flags.has(Flags::RST) {
+            let known = self.isn == Some(segment.seq)
+                || self.ahead.iter().any(|end| end.syn.as_ref().is_some_and(|syn| syn.isn == segment.seq));
+            if !known {
+                if self.ahead.len() == AHEAD_MAX {
+                    self.ahead.pop_front();
+                }
+                self.ahead.push_back(SvmEnd::begin(segment, frame));
+            }
+        }
+        let current = self.ahead.is_empty();
+        let svm = self.ahead.back_mut().unwrap_or(&mut self.svm);
+        if flags.has(Flags::RST) {
+            if is_refusal(segment) {
+                svm.refused = Some(segment.ack);
+            } else {
+                svm.reset = true;
+            }
+            return;
+        }
+        if flags.has(Flags::ACK) {
+            raise(&mut svm.ack, segment.ack);
+        }
+        if flags.has(Flags::SYN) {
+            return;
+        }
+        if let (Some(edge), true, true) = (self.window.edge_of(segment), current, flags.has(Flags::ACK)) {
+            raise(&mut svm.edge, edge);
+        }
+        let start = svm.anchor.place(segment.seq);
+        let data = &frame[segment.payload.clone()];
+        let end = start + data.len() as u64;
+        let mut from = start;
+        while let Some((first, last)) =
+            if current { self.settled.first_gap(from, end) } else { (from < end).then_some((from, end)) }
+        {
+            svm.store.insert(first, &data[(first - start) as usize..(last - start) as usize]);
+            from = last;
+        }
+        if flags.has(Flags::FIN) {
+            svm.fin = Some(end);
+        }
+    }
+
+    /// Whether this segment of the PVM may leave. All that the PVM sent on this flow before has left.
+    pub(super) fn judge(&mut self, segment: &Segment, frame: &[u8]) -> Verdict {
+        if segment.flags.has(Flags::RST) {
+            return self.judge_reset(segment);
+        }
+        if segment.flags.has(Flags::SYN) && self.isn != Some(segment.seq) {
+            return self.judge_syn(segment, frame);
+        }
+        if let Err(verdict) = self.judge_data(segment, frame) {
+            return verdict;
+        }
+        if let Err(verdict) = self.judge_fin(segment) {
+            return verdict;
+        }
+        if segment.flags.has(Flags::ACK) && !at_least(self.svm.ack, segment.ack) {
+            if self.svm.reset {
+                return Verdict::Differ(Difference::Event { pvm: "goes on", svm: "resets" });
+            }
+            return Verdict::Wait(Wait::Ack { needed: segment.ack, svm: self.svm.ack });
+        }
+        Verdict::Release
+    }
+
+    fn judge_reset(&self, segment: &Segment) -> Verdict {
+        let svm = self.ahead.back().unwrap_or(&self.svm);
+        let said = if is_refusal(segment) {
+            svm.refused == Some(segment.ack)
+        } else {
+            // after the first RST the connection is dead to the client; how many strays each VM answers is chance
+            self.reset || self.svm.reset
+        };
+        if said {
+            return Verdict::Release;
+        }
+        match &svm.syn {
+            Some(syn)
+                if is_refusal(segment) && syn.flags & Flags::ACK != 0 && svm.ack == Some(segment.ack) =>
+            {
+                Verdict::Differ(Difference::Event { pvm: "refuses", svm: "accepts" })
+            }
+            _ => Verdict::Wait(Wait::Rst),
+        }
+    }
+
+    fn judge_syn(&self, segment: &Segment, frame: &[u8]) -> Verdict {
+        let ours = |end: &&SvmEnd| end.syn.as_ref().is_some_and(|syn| syn.isn == segment.seq);
+        let Some((svm, syn)) = self.ahead.iter().find(ours).and_then(|end| Some((end, end.syn.as_ref()?)))
+        else {
+            let last = self.ahead.back().unwrap_or(&self.svm);
+            if segment.flags.has(Flags::ACK) && last.refused == Some(segment.ack) {
+                return Verdict::Differ(Difference::Event { pvm: "accepts", svm: "refuses" });
+            }
+            return Verdict::Wait(Wait::Syn);
+        };
+        if syn.flags != segment.flags.0 & SYN_FLAGS {
+            return Verdict::Differ(Difference::Event { pvm: "SYN", svm: "a SYN with other flags" });
+        }
+        let options = segment.syn_options(frame);
+        if syn.options != options {
+            return Verdict::Differ(Difference::Options { pvm: options, svm: syn.options });
+        }
+        let data = &frame[segment.payload.clone()];
+        let mut anchor = svm.anchor;
+        match svm.store.agreement(anchor.place(segment.seq) + 1, data) {
+            Agreement::Whole => {}
+            Agreement::Until(same) => return Verdict::Wait(Wait::Bytes(same)),
+            Agreement::Differs(same, svm) => {
+                return Verdict::Differ(Difference::Byte { offset: same as u64, pvm: data[same], svm });
+            }
+        }
+        if segment.flags.has(Flags::ACK) && !at_least(svm.ack, segment.ack) {
+            return Verdict::Wait(Wait::Ack { needed: segment.ack, svm: svm.ack });
+        }
+        Verdict::Release
+    }
+
+    fn judge_data(&mut self, segment: &Segment, frame: &[u8]) -> Result<(), Verdict> {
+        let data = &frame[segment.payload.clone()];
+        let start = self.svm.anchor.place(data_seq(segment));
+        let end = start + data.len() as u64;
+        let mut from = start;
+        while let Some((first, last)) = self.settled.first_gap(from, end) {
+            let ours = &data[(first - start) as usize..(last - start) as usize];
+            let agreement = self.svm.store.agreement(first, ours);
+            let same = match agreement {
+                Agreement::Whole => ours.len(),
+                Agreement::Until(same) | Agreement::Differs(same, _) => same,
+            };
+            from = first + same as u64;
+            self.settled.insert(first, from);
+            self.svm.store.remove(first, from);
+            match agreement {
+                Agreement::Whole => {}
+                Agreement::Until(_) if self.svm.fin.is_some_and(|fin| fin <= from) => {
+                    return Err(Verdict::Differ(Difference::Event { pvm: "sends data", svm: "has ended" }));
+                }
+                Agreement::Until(_) if self.svm.reset => {
+                    return Err(Verdict::Differ(Difference::Event { pvm: "sends data", svm: "resets" }));
+                }
+                Agreement::Until(_) => return Err(Verdict::Wait(Wait::Bytes((from - start) as usize))),
+                Agreement::Differs(_, svm) => {
+                    let pvm = ours[same];
+                    return Err(Verdict::Differ(Difference::Byte { offset: self.offset(from), pvm, svm }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn judge_fin(&mut self, segment: &Segment) -> Result<(), Verdict> {
+        if !segment.flags.has(Flags::FIN) {
+            return Ok(());
+        }
+        let end = self.svm.anchor.place(data_seq(segment)) + segment.payload.len() as u64;
+        if self.fin == Some(end) || self.svm.fin == Some(end) {
+            return Ok(());
+        }
+        if self.svm.fin.is_some() || self.svm.store.end().is_some_and(|last| last > end) {
+            return Err(Verdict::Differ(Difference::Event { pvm: "ends", svm: "sends more data" }));
+        }
+        if self.svm.reset {
+            return Err(Verdict::Differ(Difference::Event { pvm: "ends", svm: "resets" }));
+        }
+        Err(Verdict::Wait(Wait::Fin))
+    }
+
+    fn offset(&self, position: u64) -> u64 {
+        // how far it is from the ISN says something to an operator only within the first 4 GiB
+        match self.isn {
+            Some(isn) => u64::from((position as u32).wrapping_sub(isn).wrapping_sub(1)),
+            None => position & u64::from(u32::MAX),
+        }
+    }
+
+    /// The segment leaves, because it was judged so or because a checkpoint was committed.
+    pub(super) fn passed(&mut self, segment: &Segment, frame: &[u8]) {
+        let flags = segment.flags;
+        if flags.has(Flags::RST) {
+            self.reset |= !is_refusal(segment);
+            return;
+        }
+        if flags.has(Flags::SYN) && self.isn != Some(segment.seq) {
+            self.adopt(segment, frame);
+        }
+        let start = self.svm.anchor.place(data_seq(segment));
+        let end = start + segment.payload.len() as u64;
+        self.settled.insert(start, end);
+        self.svm.store.remove(start, end);
+        self.svm.anchor.advance(end);
+        if flags.has(Flags::FIN) {
+            self.fin = Some(end);
+        }
+        if flags.has(Flags::ACK) {
+            raise(&mut self.pvm_ack, segment.ack);
+        }
+    }
+
+    /// The PVM's next connection on this flow begins.
+    fn adopt(&mut self, segment: &Segment, frame: &[u8]) {
+        let ours = |end: &SvmEnd| end.syn.as_ref().is_some_and(|syn| syn.isn == segment.seq);
+        let svm = match self.ahead.iter().position(ours) {
+            Some(index) => self.ahead.drain(..=index).next_back().unwrap_or_default(),
+            None => SvmEnd { anchor: Anchor::at(segment.seq), ..SvmEnd::default() },
+        };
+        *self = Self {
+            isn: Some(segment.seq),
+            window: Window::of_syn(segment, frame),
+            svm,
+            ahead: std::mem::take(&mut self.ahead),
+            ..Self::default()
+        };
+    }
+
+    /// The segment, which has [`TcpFlow::passed`], leaves as it is.
+    pub(super) fn leaves_unchanged(&mut self, segment: &Segment) {
+        if segment.flags.0 & (Flags::SYN | Flags::RST) == 0 {
+            self.window.passed(segment);
+        }
+    }
+
+    /// The segment, which has [`TcpFlow::passed`], leaves as `frame`; its window may be narrowed there.
+    pub(super) fn leaves(&mut self, packet: &Packet, segment: &Segment, frame: &mut [u8]) {
+        if segment.flags.0 & (Flags::SYN | Flags::RST) == 0 {
+            self.window.narrow(self.svm.edge, packet, segment, frame);
+        }
+    }
+
+    /// A frame that opens the client's window again, if the SVM has caught up. For when nothing of the flow is held.
+    pub(super) fn reopened_window(&mut self) -> Option<Vec<u8>> {
+        if self.reset { None } else { self.window.reopen(self.svm.edge) }
+    }
+
+    /// The other end answers the guest's SYN.
+    pub(super) fn remote_answers(&mut self, scales_windows: bool) {
+        self.window.answered(scales_windows);
+    }
+
+    /// A checkpoint was committed: the SVM is what the PVM is.
+    pub(super) fn commit(&mut self) {
+        self.ahead.clear();
+        self.svm = SvmEnd {
+            anchor: self.svm.anchor,
+            ack: self.pvm_ack,
+            edge: self.window.pvm_edge(),
+            ..SvmEnd::default()
+        };
+    }
+}
+
+/// The sequence number of the first byte of data.
+fn data_seq(segment: &Segment) -> u32 {
+    segment.seq.wrapping_add(u32::from(segment.flags.has(Flags::SYN)))
+}

@@ -1,0 +1,262 @@
+//! The primary's half: what comes from the LAN is mirrored, what the PVM sends is compared.
+
+use std::collections::VecDeque;
+
+use serde::Serialize;
+
+use super::{Actions, Config, HOUSEKEEPING_US, Mode, OrderError};
+use crate::compare::{Compare, CompareStats};
+use crate::packet::{Flags, Kind, Packet};
+use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, OUTPUT, WireError};
+
+/// Figures of the primary's half.
+#[derive(Clone, Debug, Serialize)]
+pub struct PrimaryStats {
+    /// How things stand.
+    pub mode: Mode,
+    /// The epoch that is running.
+    pub epoch: u64,
+    /// Packets that were mirrored to the secondary.
+    pub mirrored_packets: u64,
+    /// Bytes of them.
+    pub mirrored_bytes: u64,
+    /// Packets of the SVM that came too late for their epoch.
+    pub stale_packets: u64,
+    /// The comparison.
+    pub compare: CompareStats,
+}
+
+/// The primary's half of the proxy.
+#[derive(Debug)]
+pub struct Primary {
+    mode: Mode,
+    epoch: u64,
+    /// The end of the running epoch has been marked on the link.
+    marked: bool,
+    compare: Compare,
+    /// What the SVM said in the next epoch: it may hear of a commit first.
+    early: VecDeque<Vec<u8>>,
+    early_bytes: usize,
+    early_bytes_max: usize,
+    housekeeping_us: u64,
+    mirrored_packets: u64,
+    mirrored_bytes: u64,
+    stale_packets: u64,
+}
+
+impl Primary {
+    /// Protection begins in `epoch`: from now on the PVM's packets wait for the SVM's.
+    pub fn new(config: &Config, epoch: u64, now_us: u64) -> Self {
+        Self {
+            mode: Mode::Protected,
+            epoch,
+            marked: false,
+            compare: Compare::new(config.compare.clone()),
+            early: VecDeque::new(),
+            early_bytes: 0,
+            early_bytes_max: config.compare.svm_bytes_max,
+            housekeeping_us: now_us + HOUSEKEEPING_US,
+            mirrored_packets: 0,
+            mirrored_bytes: 0,
+            stale_packets: 0,
+        }
+    }
+
+    /// The PVM has sent this frame.
+    pub fn guest_output(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        match self.mode {
+            Mode::Alone => {
+                actions.push_to_lan(frame);
+            }
+            Mode::Silent => {}
+            Mode::Detached | Mode::Protected => {
+                let packet = Packet::parse(frame);
+                if self.mode == Mode::Protected {
+                    self.tell_isn(frame, &packet, actions);
+                }
+                self.compare.pvm_says(frame, packet, now_us, actions);
+            }
+        }
+    }
+
+    /// The secondary's rewriter must know where a connection of the PVM begins before anyone else does.
+    fn tell_isn(&self, frame: &[u8], packet: &Packet, actions: &mut Actions) {
+        let Kind::Tcp { segment, .. } = &packet.kind else {
+            return;
+        };
+        if !segment.flags.has(Flags::SYN) || segment.flags.has(Flags::RST) {
+            return;
+        }
+        let flow = packet.flow_from_guest(frame);
+        if self.compare.has_seen_begin(&flow, segment.seq) {
+            // sent again: the secondary knows, or a checkpoint has made the SVM's number the same
+            return;
+        }
+        let timestamp = segment.timestamps(frame).map(|timestamps| timestamps.value);
+        if let Some(bytes) = (Isn { flow, isn: segment.seq, timestamp }).to_bytes() {
+            actions.push_to_peer(ISN, self.epoch, &bytes);
+        }
+    }
+
+    /// Whether another frame may be taken from the guest. When not, its queue must wait.
+    pub fn accepts_output(&self) -> bool {
+        matches!(self.mode, Mode::Alone | Mode::Silent) || self.compare.has_room()
+    }
+
+    /// A frame from the LAN, which the PVM can take right now: what is mirrored before a marker must be part of the
+    /// PVM's state at the checkpoint.
+    pub fn lan_input(&mut self, frame: &[u8], _now_us: u64, actions: &mut Actions) {
+        match self.mode {
+            Mode::Silent => {}
+            Mode::Detached | Mode::Alone => {
+                actions.push_to_guest(frame);
+            }
+            Mode::Protected => {
+                let packet = Packet::parse(frame);
+                if let (Kind::Tcp { segment, .. }, Some(flow)) = (&packet.kind, packet.tcp_flow_to_guest())
+                    && segment.flags.has(Flags::SYN | Flags::ACK)
+                {
+                    let scales = segment.syn_options(frame).window_scale.is_some();
+                    self.compare.remote_answers(&flow, scales);
+                }
+                let epoch = self.epoch + u64::from(self.marked);
+                actions.push_to_peer(MIRROR, epoch, frame);
+                actions.push_to_guest(frame);
+                self.mirrored_packets += 1;
+                self.mirrored_bytes += frame.len() as u64;
+            }
+        }
+    }
+
+    /// A frame from the secondary's net back end.
+    ///
+    /// # Errors
+    /// The peer sent what makes no sense: close the link.
+    pub fn peer_frame(
+        &mut self,
+        kind: u16,
+        epoch: u64,
+        payload: &[u8],
+        now_us: u64,
+        actions: &mut Actions,
+    ) -> Result<(), WireError> {
+        if !matches!(kind, OUTPUT | EPOCH) {
+            return Err(WireError::Kind(kind));
+        }
+        if epoch > self.epoch + 1 {
+            return Err(WireError::Epoch { kind, epoch, running: self.epoch });
+        }
+        if kind == EPOCH {
+            return match payload.len() {
+                0 => Ok(()),
+                bytes => Err(WireError::Length { kind, bytes }),
+            };
+        }
+        if self.mode != Mode::Protected {
+            return Ok(());
+        }
+        if epoch == self.epoch {
+            self.compare.svm_says(payload, now_us, actions);
+        } else if epoch < self.epoch || self.early_bytes > self.early_bytes_max {
+            // what is lost of the next epoch makes the PVM's packets wait for a checkpoint, nothing worse
+            self.stale_packets += 1;
+        } else {
+            self.early_bytes += payload.len();
+            self.early.push_back(payload.to_vec());
+        }
+        Ok(())
+    }
+
+    /// The PVM is paused, and everything that it sent or was given has been here: marks the end of the epoch.
+    ///
+    /// # Errors
+    /// It is not the epoch that is running, or the peer is lost.
+    pub fn marker(&mut self, epoch: u64, actions: &mut Actions) -> Result<(), OrderError> {
+        self.check("marker", epoch)?;
+        self.marked = true;
+        actions.push_to_peer(MARKER, epoch, &[]);
+        Ok(())
+    }
+
+    /// The secondary has committed the epoch's checkpoint: all that is held leaves, and the next epoch runs.
+    ///
+    /// # Errors
+    /// It is not the epoch that is running, or the peer is lost.
+    pub fn commit(&mut self, epoch: u64, now_us: u64, actions: &mut Actions) -> Result<(), OrderError> {
+        self.check("commit", epoch)?;
+        self.compare.commit(now_us, actions);
+        self.epoch += 1;
+        self.marked = false;
+        self.early_bytes = 0;
+        for frame in std::mem::take(&mut self.early) {
+            self.compare.svm_says(&frame, now_us, actions);
+        }
+        Ok(())
+    }
+
+    fn check(&self, order: &'static str, epoch: u64) -> Result<(), OrderError> {
+        if self.mode != Mode::Protected {
+            return Err(OrderError::Mode { order, mode: self.mode });
+        }
+        if epoch != self.epoch {
+            return Err(OrderError::Epoch { order, epoch, running: self.epoch });
+        }
+        Ok(())
+    }
+
+    /// When [`Primary::tick`] has something to do.
+    pub fn next_deadline(&self) -> Option<u64> {
+        if self.mode != Mode::Protected {
+            return None;
+        }
+        let deadline = self.compare.next_deadline().unwrap_or(u64::MAX);
+        Some(deadline.min(self.housekeeping_us))
+    }
+
+    /// Looks whether something has waited too long.
+    pub fn tick(&mut self, now_us: u64, actions: &mut Actions) {
+        if self.mode == Mode::Protected {
+            self.compare.tick(now_us, actions);
+            if now_us >= self.housekeeping_us {
+                self.housekeeping_us = now_us + HOUSEKEEPING_US;
+            }
+        }
+    }
+
+    /// The peer is lost, and nothing is decided: from now on nothing leaves.
+    pub fn detach(&mut self) {
+        if self.mode == Mode::Protected {
+            self.mode = Mode::Detached;
+            self.early.clear();
+            self.compare.suspend();
+        }
+    }
+
+    /// This side has won: all that is held leaves, in order, and from now on everything leaves.
+    pub fn take_over(&mut self, now_us: u64, actions: &mut Actions) {
+        if self.mode != Mode::Silent {
+            self.mode = Mode::Alone;
+            self.early.clear();
+            self.compare.commit(now_us, actions);
+        }
+    }
+
+    /// This side has lost: nothing leaves any more.
+    pub fn silence(&mut self) {
+        self.mode = Mode::Silent;
+        self.early.clear();
+        self.compare.discard_all();
+    }
+
+    /// The figures.
+    pub fn stats(&self) -> PrimaryStats {
+        PrimaryStats {
+            mode: self.mode,
+            epoch: self.epoch,
+            mirrored_packets: self.mirrored_packets,
+            mirrored_bytes: self.mirrored_bytes,
+            stale_packets: self.stale_packets,
+            compare: self.compare.stats(),
+        }
+    }
+}

@@ -1,0 +1,233 @@
+//! The secondary's half: the SVM gets what the primary mirrors, and what it sends goes to the primary's comparison.
+
+use std::collections::VecDeque;
+
+use serde::Serialize;
+
+use super::{Actions, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
+use crate::rewrite::{Exit, RewriteStats, Rewriter};
+use crate::wire::{ISN, Isn, MARKER, MIRROR, WireError};
+
+/// How often the survivor announces itself, and how far apart, in microseconds: switches lose packets too.
+const ANNOUNCEMENTS_US: [u64; 4] = [50_000, 150_000, 250_000, 350_000];
+
+/// Figures of the secondary's half.
+#[derive(Clone, Debug, Serialize)]
+pub struct SecondaryStats {
+    /// How things stand.
+    pub mode: Mode,
+    /// The epoch that is running.
+    pub epoch: u64,
+    /// Packets that came from the primary for the SVM.
+    pub mirrored_packets: u64,
+    /// Bytes of them.
+    pub mirrored_bytes: u64,
+    /// Packets that the SVM sent.
+    pub svm_packets: u64,
+    /// Packets of the SVM that wait for the failover to be decided.
+    pub held_packets: usize,
+    /// The rewriter.
+    pub rewrite: RewriteStats,
+}
+
+/// The secondary's half of the proxy.
+#[derive(Debug)]
+pub struct Secondary {
+    mode: Mode,
+    epoch: u64,
+    /// The peer's marker of the running epoch is here.
+    marked: bool,
+    rewriter: Rewriter,
+    addresses: GuestAddresses,
+    /// What the SVM sent while nothing was decided.
+    held: VecDeque<Vec<u8>>,
+    held_bytes: usize,
+    held_bytes_max: usize,
+    /// When to announce the guest again, the next one first.
+    announcements: VecDeque<u64>,
+    housekeeping_us: u64,
+    mirrored_packets: u64,
+    mirrored_bytes: u64,
+    svm_packets: u64,
+}
+
+impl Secondary {
+    /// Protection begins in `epoch`. Nothing that the SVM sends gets to the LAN.
+    pub fn new(config: &Config, epoch: u64, now_us: u64) -> Self {
+        Self {
+            mode: Mode::Protected,
+            epoch,
+            marked: false,
+            rewriter: Rewriter::new(config.rewrite.clone()),
+            addresses: GuestAddresses::default(),
+            held: VecDeque::new(),
+            held_bytes: 0,
+            held_bytes_max: config.compare.held_bytes_full,
+            announcements: VecDeque::new(),
+            housekeeping_us: now_us + HOUSEKEEPING_US,
+            mirrored_packets: 0,
+            mirrored_bytes: 0,
+            svm_packets: 0,
+        }
+    }
+
+    /// The SVM has sent this frame.
+    pub fn guest_output(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        let exit = match self.mode {
+            Mode::Protected => Exit::Peer { epoch: self.epoch },
+            Mode::Alone => Exit::Lan,
+            Mode::Detached => {
+                self.held_bytes += frame.len();
+                self.held.push_back(frame.to_vec());
+                return;
+            }
+            Mode::Silent => return,
+        };
+        self.svm_packets += 1;
+        if self.mode == Mode::Protected {
+            self.addresses.learn_from_guest(frame);
+        }
+        self.rewriter.outbound(frame, now_us, exit, actions);
+    }
+
+    /// Whether another frame may be taken from the guest. When not, its queue must wait.
+    pub fn accepts_output(&self) -> bool {
+        self.mode != Mode::Detached || self.held_bytes < self.held_bytes_max
+    }
+
+    /// A frame from this host's LAN. As long as the primary lives the guest gets it from there.
+    pub fn lan_input(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        if self.mode == Mode::Alone {
+            self.rewriter.inbound(frame, now_us, actions);
+        }
+    }
+
+    /// A frame from the primary's net back end. Not to be called between a marker and its commit.
+    ///
+    /// # Errors
+    /// The peer sent what makes no sense: close the link.
+    pub fn peer_frame(
+        &mut self,
+        kind: u16,
+        epoch: u64,
+        payload: &[u8],
+        now_us: u64,
+        actions: &mut Actions,
+    ) -> Result<(), WireError> {
+        if !matches!(kind, MIRROR | ISN | MARKER) {
+            return Err(WireError::Kind(kind));
+        }
+        if self.mode != Mode::Protected {
+            return Ok(());
+        }
+        if epoch != self.epoch || self.marked {
+            return Err(WireError::Epoch { kind, epoch, running: self.epoch });
+        }
+        match kind {
+            MIRROR => {
+                self.mirrored_packets += 1;
+                self.mirrored_bytes += payload.len() as u64;
+                self.addresses.learn_from_lan(payload);
+                self.rewriter.inbound(payload, now_us, actions);
+            }
+            ISN => {
+                let isn = Isn::from_bytes(payload)?;
+                self.rewriter.pvm_begins(&isn, now_us, Exit::Peer { epoch: self.epoch }, actions);
+            }
+            _ if payload.is_empty() => {
+                self.marked = true;
+                actions.push_marker_arrived(epoch);
+            }
+            _ => return Err(WireError::Length { kind, bytes: payload.len() }),
+        }
+        Ok(())
+    }
+
+    /// The epoch's checkpoint is committed: the SVM becomes what the PVM was at the marker, and the next epoch runs.
+    /// What has not reached the SVM yet of the epoch's packets must be dropped by the caller.
+    ///
+    /// # Errors
+    /// It is not the epoch that is running, or the peer is lost.
+    pub fn commit(&mut self, epoch: u64, actions: &mut Actions) -> Result<(), OrderError> {
+        if self.mode != Mode::Protected {
+            return Err(OrderError::Mode { order: "commit", mode: self.mode });
+        }
+        if epoch != self.epoch {
+            return Err(OrderError::Epoch { order: "commit", epoch, running: self.epoch });
+        }
+        self.rewriter.commit();
+        self.epoch += 1;
+        self.marked = false;
+        actions.push_to_peer(crate::wire::EPOCH, self.epoch, &[]);
+        Ok(())
+    }
+
+    /// When [`Secondary::tick`] has something to do.
+    pub fn next_deadline(&self) -> Option<u64> {
+        if self.mode == Mode::Silent {
+            return None;
+        }
+        let announcement = self.announcements.front().copied().unwrap_or(u64::MAX);
+        Some(announcement.min(self.housekeeping_us))
+    }
+
+    /// Announces the guest again, and forgets connections that have ended.
+    pub fn tick(&mut self, now_us: u64, actions: &mut Actions) {
+        while self.announcements.front().is_some_and(|due_us| *due_us <= now_us) {
+            self.announcements.pop_front();
+            self.addresses.announce(actions);
+        }
+        if now_us >= self.housekeeping_us {
+            self.housekeeping_us = now_us + HOUSEKEEPING_US;
+            self.rewriter.tick(now_us);
+        }
+    }
+
+    /// The peer is lost, and nothing is decided.
+    pub fn detach(&mut self) {
+        if self.mode == Mode::Protected {
+            self.mode = Mode::Detached;
+        }
+    }
+
+    /// This side has won: the LAN learns where the guest is, and everything that it sends goes there.
+    pub fn take_over(&mut self, now_us: u64, actions: &mut Actions) {
+        if matches!(self.mode, Mode::Silent | Mode::Alone) {
+            return;
+        }
+        self.mode = Mode::Alone;
+        self.addresses.announce(actions);
+        self.announcements = ANNOUNCEMENTS_US.iter().map(|delay_us| now_us + delay_us).collect();
+        self.rewriter.take_over(actions);
+        self.held_bytes = 0;
+        for frame in std::mem::take(&mut self.held) {
+            self.rewriter.outbound(&frame, now_us, Exit::Lan, actions);
+        }
+    }
+
+    /// This side has lost: nothing leaves any more.
+    pub fn silence(&mut self) {
+        self.mode = Mode::Silent;
+        self.held.clear();
+        self.held_bytes = 0;
+        self.announcements.clear();
+    }
+
+    /// The addresses that the guest has shown.
+    pub fn addresses(&self) -> &GuestAddresses {
+        &self.addresses
+    }
+
+    /// The figures.
+    pub fn stats(&self) -> SecondaryStats {
+        SecondaryStats {
+            mode: self.mode,
+            epoch: self.epoch,
+            mirrored_packets: self.mirrored_packets,
+            mirrored_bytes: self.mirrored_bytes,
+            svm_packets: self.svm_packets,
+            held_packets: self.held.len(),
+            rewrite: self.rewriter.stats(),
+        }
+    }
+}
