@@ -178,11 +178,16 @@ impl Primary {
         Ok(())
     }
 
-    /// The secondary has committed the epoch's checkpoint: all that is held leaves, and the next epoch runs.
+    /// The secondary has committed the epoch's checkpoint: all that is held leaves, and the next epoch runs. If the link
+    /// has broken meanwhile it stays held, for the secondary may have taken over.
     ///
     /// # Errors
-    /// It is not the epoch that is running, or the peer is lost.
+    /// It is not the epoch that is running, or this side goes on alone already.
     pub fn commit(&mut self, epoch: u64, now_us: u64, actions: &mut Actions) -> Result<(), OrderError> {
+        if self.mode == Mode::Detached && epoch == self.epoch {
+            self.epoch += 1;
+            return Ok(());
+        }
         self.check("commit", epoch)?;
         self.compare.commit(now_us, actions);
         self.epoch += 1;

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{Actions, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
 use crate::rewrite::{Exit, RewriteStats, Rewriter};
-use crate::wire::{ISN, Isn, MARKER, MIRROR, WireError};
+use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, WireError};
 
 /// How often the survivor announces itself, and how far apart, in microseconds: switches lose packets too.
 const ANNOUNCEMENTS_US: [u64; 4] = [50_000, 150_000, 250_000, 350_000];
@@ -24,8 +24,6 @@ pub struct SecondaryStats {
     pub mirrored_bytes: u64,
     /// Packets that the SVM sent.
     pub svm_packets: u64,
-    /// Packets of the SVM that wait for the failover to be decided.
-    pub held_packets: usize,
     /// The rewriter.
     pub rewrite: RewriteStats,
 }
@@ -39,10 +37,6 @@ pub struct Secondary {
     marked: bool,
     rewriter: Rewriter,
     addresses: GuestAddresses,
-    /// What the SVM sent while nothing was decided.
-    held: VecDeque<Vec<u8>>,
-    held_bytes: usize,
-    held_bytes_max: usize,
     /// When to announce the guest again, the next one first.
     announcements: VecDeque<u64>,
     housekeeping_us: u64,
@@ -60,9 +54,6 @@ impl Secondary {
             marked: false,
             rewriter: Rewriter::new(config.rewrite.clone()),
             addresses: GuestAddresses::default(),
-            held: VecDeque::new(),
-            held_bytes: 0,
-            held_bytes_max: config.compare.held_bytes_full,
             announcements: VecDeque::new(),
             housekeeping_us: now_us + HOUSEKEEPING_US,
             mirrored_packets: 0,
@@ -76,12 +67,8 @@ impl Secondary {
         let exit = match self.mode {
             Mode::Protected => Exit::Peer { epoch: self.epoch },
             Mode::Alone => Exit::Lan,
-            Mode::Detached => {
-                self.held_bytes += frame.len();
-                self.held.push_back(frame.to_vec());
-                return;
-            }
-            Mode::Silent => return,
+            // nothing may get out, whatever the caller does
+            Mode::Detached | Mode::Silent => return,
         };
         self.svm_packets += 1;
         if self.mode == Mode::Protected {
@@ -90,9 +77,10 @@ impl Secondary {
         self.rewriter.outbound(frame, now_us, exit, actions);
     }
 
-    /// Whether another frame may be taken from the guest. When not, its queue must wait.
+    /// Whether another frame may be taken from the guest. When not, its queue must wait: what is taken while nothing is
+    /// decided is lost.
     pub fn accepts_output(&self) -> bool {
-        self.mode != Mode::Detached || self.held_bytes < self.held_bytes_max
+        self.mode != Mode::Detached
     }
 
     /// A frame from this host's LAN. As long as the primary lives the guest gets it from there.
@@ -146,10 +134,12 @@ impl Secondary {
     /// The epoch's checkpoint is committed: the SVM becomes what the PVM was at the marker, and the next epoch runs.
     /// What has not reached the SVM yet of the epoch's packets must be dropped by the caller.
     ///
+    /// The link may have broken between the checkpoint's last message and this order.
+    ///
     /// # Errors
-    /// It is not the epoch that is running, or the peer is lost.
+    /// It is not the epoch that is running, or this side goes on alone already.
     pub fn commit(&mut self, epoch: u64, actions: &mut Actions) -> Result<(), OrderError> {
-        if self.mode != Mode::Protected {
+        if !matches!(self.mode, Mode::Protected | Mode::Detached) {
             return Err(OrderError::Mode { order: "commit", mode: self.mode });
         }
         if epoch != self.epoch {
@@ -158,7 +148,9 @@ impl Secondary {
         self.rewriter.commit();
         self.epoch += 1;
         self.marked = false;
-        actions.push_to_peer(crate::wire::EPOCH, self.epoch, &[]);
+        if self.mode == Mode::Protected {
+            actions.push_to_peer(EPOCH, self.epoch, &[]);
+        }
         Ok(())
     }
 
@@ -199,17 +191,11 @@ impl Secondary {
         self.addresses.announce(actions);
         self.announcements = ANNOUNCEMENTS_US.iter().map(|delay_us| now_us + delay_us).collect();
         self.rewriter.take_over(actions);
-        self.held_bytes = 0;
-        for frame in std::mem::take(&mut self.held) {
-            self.rewriter.outbound(&frame, now_us, Exit::Lan, actions);
-        }
     }
 
     /// This side has lost: nothing leaves any more.
     pub fn silence(&mut self) {
         self.mode = Mode::Silent;
-        self.held.clear();
-        self.held_bytes = 0;
         self.announcements.clear();
     }
 
@@ -226,7 +212,6 @@ impl Secondary {
             mirrored_packets: self.mirrored_packets,
             mirrored_bytes: self.mirrored_bytes,
             svm_packets: self.svm_packets,
-            held_packets: self.held.len(),
             rewrite: self.rewriter.stats(),
         }
     }
