@@ -53,6 +53,14 @@ impl UringStream {
     }
 }
 
+impl Drop for UringStream {
+    fn drop(&mut self) {
+        // Other threads may hold the same connection: it ends for them and for the peer now. One that is broken
+        // already needs nothing.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both);
+    }
+}
+
 impl Read for UringStream {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let len = into.len().min(1 << 30) as u32;
