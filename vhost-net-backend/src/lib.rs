@@ -2,9 +2,12 @@
 
 pub mod cli;
 pub mod compare;
+pub mod control;
 pub mod device;
 pub mod frame;
+pub mod link;
 pub mod packet;
+mod protection;
 pub mod proxy;
 pub mod rewrite;
 pub mod tap;

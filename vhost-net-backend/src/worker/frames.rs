@@ -1,0 +1,156 @@
+//! How a worker moves frames between the guest's rings and the tap.
+
+use std::io;
+
+use super::{BATCH_FRAMES, Mode, Worker};
+use crate::device::{RX, TX};
+use crate::frame::{self, FRAME_BYTES_MIN};
+use crate::protection::Lan;
+
+impl Worker {
+    /// Puts what waits for the guest into its ring, as far as there are buffers.
+    pub(super) fn deliver(&mut self) -> bool {
+        let (Some(ring), Mode::Protected(protection)) = (&mut self.rings[RX], &mut self.mode) else {
+            return false;
+        };
+        let mut any = false;
+        while let Some(frame) = protection.undelivered.front()
+            && let Some(chain) = ring.pop()
+        {
+            any = true;
+            let head = chain.head_index();
+            match frame::to_guest(&ring.memory().clone(), chain, self.header_bytes, frame) {
+                Some(used) => ring.add_used(head, used),
+                None => {
+                    self.counters.guest_too_long += 1;
+                    ring.undo_pop();
+                }
+            }
+            protection.undelivered.pop();
+        }
+        ring.signal_used();
+        any
+    }
+
+    pub(super) fn takes_output(&self) -> bool {
+        match &self.mode {
+            Mode::Plain => true,
+            Mode::Closed => false,
+            Mode::Protected(protection) => protection.takes_output(),
+        }
+    }
+
+    pub(super) fn guest_output(&mut self) -> bool {
+        let Some(memory) = self.rings[TX].as_ref().map(|ring| ring.memory().clone()) else {
+            return false;
+        };
+        let mut any = false;
+        for _ in 0..BATCH_FRAMES {
+            if !self.takes_output() {
+                break;
+            }
+            let Some((ring, chain)) =
+                self.rings[TX].as_mut().and_then(|ring| ring.pop().map(|chain| (ring, chain)))
+            else {
+                break;
+            };
+            any = true;
+            let head = chain.head_index();
+            let frame = frame::from_guest(&memory, chain, self.header_bytes, &mut self.frame);
+            ring.add_used(head, 0);
+            let Some(frame) = frame else {
+                self.counters.guest_malformed += 1;
+                continue;
+            };
+            self.counters.guest_frames += 1;
+            self.counters.guest_bytes += frame.len() as u64;
+            match &mut self.mode {
+                Mode::Protected(protection) => {
+                    protection.guest_output(frame);
+                    self.carry_out();
+                }
+                Mode::Plain | Mode::Closed => {
+                    self.counters.lan_refused += u64::from(!self.tap.write(frame));
+                }
+            }
+        }
+        if let Some(ring) = &mut self.rings[TX] {
+            ring.signal_used();
+        }
+        any
+    }
+
+    pub(super) fn lan(&self) -> Lan {
+        match &self.mode {
+            Mode::Plain => Lan::Deliver,
+            Mode::Closed => Lan::Ignore,
+            Mode::Protected(protection) => protection.lan(),
+        }
+    }
+
+    pub(super) fn lan_input(&mut self) -> io::Result<bool> {
+        let Some(memory) = self.rings[RX].as_ref().map(|ring| ring.memory().clone()) else {
+            return if self.lan() == Lan::Ignore { self.ignore_lan() } else { Ok(false) };
+        };
+        let mut any = false;
+        for _ in 0..BATCH_FRAMES {
+            match self.lan() {
+                Lan::Leave => break,
+                Lan::Ignore => return self.ignore_lan(),
+                Lan::Deliver => {}
+            }
+            let Some(ring) = &mut self.rings[RX] else {
+                break;
+            };
+            if !ring.has_available() {
+                break;
+            }
+            let Some(bytes) = self.tap.read(&mut self.frame[..])? else {
+                break;
+            };
+            any = true;
+            let frame = &self.frame[..bytes];
+            if bytes < FRAME_BYTES_MIN {
+                continue;
+            }
+            self.counters.lan_frames += 1;
+            self.counters.lan_bytes += bytes as u64;
+            let Some(chain) = ring.pop() else {
+                break;
+            };
+            if frame::room(&chain, self.header_bytes) < bytes {
+                self.counters.guest_too_long += 1;
+                ring.undo_pop();
+                continue;
+            }
+            if let Mode::Protected(protection) = &mut self.mode {
+                // mirrored, and delivered in the same breath
+                ring.undo_pop();
+                protection.lan_input(frame);
+                self.carry_out();
+                self.deliver();
+                continue;
+            }
+            let head = chain.head_index();
+            match frame::to_guest(&memory, chain, self.header_bytes, frame) {
+                Some(used) => ring.add_used(head, used),
+                None => ring.undo_pop(),
+            }
+        }
+        if let Some(ring) = &mut self.rings[RX] {
+            ring.signal_used();
+        }
+        Ok(any)
+    }
+
+    /// Keeps the tap from filling up with what will be old when this side may use it.
+    pub(super) fn ignore_lan(&mut self) -> io::Result<bool> {
+        for count in 0..BATCH_FRAMES {
+            if self.tap.read(&mut self.frame[..])?.is_none() {
+                return Ok(count > 0);
+            }
+            self.counters.lan_ignored += 1;
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,274 @@
+//! The thread that moves frames between the guest's rings, the tap and the peer, one pass over everything at a time.
+//!
+//! A frame is taken from the tap only when the guest has a buffer for it, so that frames wait in the tap and not here.
+//! On the primary this is also what makes a checkpoint whole: a frame is mirrored exactly when it is put into the PVM's
+//! ring, so that it is either in the PVM's state at the marker or mirrored after it.
+
+mod frames;
+mod pair;
+#[cfg(test)]
+mod tests;
+
+use std::convert::Infallible;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use colo::control::{Command, EventSender};
+use colo::runtime::{Mailbox, Polling};
+use colo::vhost_user::Ring;
+use crossbeam_channel::Sender;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::Serialize;
+use serde_json::{Value, json};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+use crate::frame::{FRAME_BYTES_MAX, HEADER_BYTES, LEGACY_HEADER_BYTES};
+use crate::protection::{Lan, Protection};
+use crate::proxy::Config;
+use crate::tap::Tap;
+
+/// So many frames are moved in one direction before the others get their turn, and the guest is told of all of them at once.
+const BATCH_FRAMES: usize = 64;
+
+/// What the worker is told.
+#[derive(Debug)]
+pub enum Order {
+    /// A queue is ready.
+    Start {
+        /// Which.
+        queue: usize,
+        /// Its ring.
+        ring: Box<Ring>,
+    },
+    /// Give a queue back.
+    Stop {
+        /// Which.
+        queue: usize,
+        /// Where the next available index goes.
+        done: Sender<u16>,
+    },
+    /// The driver's choice of features; no queue runs.
+    Features(u64),
+    /// A controller's command.
+    Command {
+        /// Which.
+        command: Command,
+        /// The connection to the peer, with `attach`.
+        link: Option<OwnedFd>,
+        /// Where the answer goes.
+        reply: Sender<Result<Value, String>>,
+    },
+    /// The controller's connection has ended.
+    ControllerLost,
+}
+
+/// What has passed, for `status`.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Counters {
+    /// Frames that the guest sent.
+    pub guest_frames: u64,
+    /// Their bytes.
+    pub guest_bytes: u64,
+    /// Frames that came from the LAN and were taken.
+    pub lan_frames: u64,
+    /// Their bytes.
+    pub lan_bytes: u64,
+    /// What the guest sent and is no Ethernet frame.
+    pub guest_malformed: u64,
+    /// Frames that did not fit into the guest's buffers.
+    pub guest_too_long: u64,
+    /// Frames that the tap did not take.
+    pub lan_refused: u64,
+    /// Frames that came from the LAN while this side had no business there.
+    pub lan_ignored: u64,
+}
+
+/// Whether frames may pass.
+#[derive(Debug)]
+enum Mode {
+    /// A plain back end.
+    Plain,
+    /// To be protected: nothing passes before a controller says how.
+    Closed,
+    /// One half of a pair.
+    Protected(Box<Protection>),
+}
+
+/// What a worker is made of.
+#[derive(Debug)]
+pub struct Worker {
+    tap: Tap,
+    orders: Mailbox<Order>,
+    events: EventSender,
+    config: Config,
+    rings: [Option<Box<Ring>>; 2],
+    header_bytes: usize,
+    mode: Mode,
+    polling: Polling,
+    counters: Counters,
+    frame: Box<[u8; FRAME_BYTES_MAX]>,
+}
+
+/// What a worker is told once.
+#[derive(Debug)]
+pub struct Settings {
+    /// Let nothing pass until a controller says otherwise.
+    pub protected: bool,
+    /// How long to look for work before sleeping, at most.
+    pub window: Duration,
+    /// For the proxy.
+    pub proxy: Config,
+}
+
+impl Worker {
+    /// A worker for one tap.
+    pub fn new(tap: Tap, orders: Mailbox<Order>, events: EventSender, settings: Settings) -> Self {
+        Self {
+            tap,
+            orders,
+            events,
+            config: settings.proxy,
+            rings: [None, None],
+            header_bytes: HEADER_BYTES,
+            mode: if settings.protected { Mode::Closed } else { Mode::Plain },
+            polling: Polling::new(settings.window),
+            counters: Counters::default(),
+            frame: vec![0; FRAME_BYTES_MAX].try_into().expect("as long as it is made"),
+        }
+    }
+
+    /// Works for ever.
+    ///
+    /// # Errors
+    /// The tap is gone.
+    pub fn run(mut self) -> io::Result<Infallible> {
+        let mut idle_since = None;
+        loop {
+            if self.turn()? {
+                self.polling.worked();
+                idle_since = None;
+                continue;
+            }
+            let idle_since = *idle_since.get_or_insert_with(Instant::now);
+            if self.polling.look_again() {
+                std::hint::spin_loop();
+                continue;
+            }
+            self.sleep()?;
+            self.polling.slept(idle_since.elapsed());
+        }
+    }
+
+    /// Does what there is to do. Returns whether there was something.
+    fn turn(&mut self) -> io::Result<bool> {
+        let mut any = self.take_orders();
+        any |= self.peer_input();
+        any |= self.deliver();
+        any |= self.guest_output();
+        any |= self.lan_input()?;
+        any |= self.tick();
+        any |= self.flush_link();
+        Ok(any)
+    }
+
+    fn take_orders(&mut self) -> bool {
+        let mut any = false;
+        while let Some(order) = self.orders.try_recv() {
+            any = true;
+            match order {
+                Order::Start { queue, ring } => {
+                    if let Some(slot) = self.rings.get_mut(queue) {
+                        slot.insert(ring).disable_notification();
+                    }
+                }
+                Order::Stop { queue, done } => {
+                    // nothing of a ring is ever in flight between two turns
+                    let ring = self.rings.get_mut(queue).and_then(Option::take);
+                    let next = ring.map_or(0, |ring| ring.next_avail());
+                    let _ = done.send(next);
+                }
+                Order::Features(features) => {
+                    let modern = features >> VIRTIO_F_VERSION_1 & 1 == 1;
+                    self.header_bytes = if modern { HEADER_BYTES } else { LEGACY_HEADER_BYTES };
+                }
+                Order::Command { command, link, reply } => {
+                    let answer = self.command(&command, link);
+                    // a marker has to be on its way, and everything released, when the controller hears of it
+                    self.flush_link();
+                    drop(reply.send(answer));
+                }
+                Order::ControllerLost => self.controller_lost(),
+            }
+        }
+        any
+    }
+
+    fn status(&self) -> Value {
+        let pair = match &self.mode {
+            Mode::Plain => json!({ "phase": "plain" }),
+            Mode::Closed => json!({ "phase": "closed" }),
+            Mode::Protected(protection) => protection.status(),
+        };
+        json!({
+            "device": "net",
+            "pair": pair,
+            "frames": self.counters,
+            "rings_running": self.rings.iter().flatten().count(),
+            "rings_broken": self.rings.iter().flatten().filter(|ring| ring.is_broken()).count(),
+        })
+    }
+
+    /// Waits for something to do. Returns at once if there is something already.
+    fn sleep(&mut self) -> io::Result<()> {
+        let (lan, takes_output) = (self.lan(), self.takes_output());
+        let protection = match &self.mode {
+            Mode::Protected(protection) => Some(protection),
+            Mode::Plain | Mode::Closed => None,
+        };
+        let waiting = protection.is_some_and(|protection| !protection.undelivered.is_empty());
+        let [rx, tx] = &mut self.rings;
+        // A buffer for the guest's next frame is no work, the frame is; so the receive queue is waited for only while it is
+        // empty.
+        let can_receive = rx.as_mut().is_some_and(|ring| ring.enable_notification());
+        let can_send = takes_output && tx.as_mut().is_some_and(|ring| ring.enable_notification());
+        if can_send || (can_receive && waiting) {
+            return Ok(());
+        }
+        let mut fds = vec![PollFd::new(&self.orders, PollFlags::IN)];
+        if lan == Lan::Ignore || (lan == Lan::Deliver && can_receive) {
+            fds.push(PollFd::new(&self.tap, PollFlags::IN));
+        }
+        if let Some(ring) = rx.as_ref().filter(|_| !can_receive && (waiting || lan == Lan::Deliver)) {
+            fds.push(PollFd::from_borrowed_fd(ring.kick_fd(), PollFlags::IN));
+        }
+        if let Some(ring) = tx.as_ref().filter(|_| takes_output) {
+            fds.push(PollFd::from_borrowed_fd(ring.kick_fd(), PollFlags::IN));
+        }
+        if let Some(protection) = protection
+            && let Some(link) = &protection.link
+        {
+            let mut events = PollFlags::empty();
+            events.set(PollFlags::IN, protection.takes_from_peer());
+            events.set(PollFlags::OUT, link.outgoing_bytes() > 0);
+            if !events.is_empty() {
+                fds.push(PollFd::new(link, events));
+            }
+        }
+        let limit = protection
+            .and_then(|protection| protection.due_in_us())
+            .map(|us| Timespec { tv_sec: (us / 1_000_000) as i64, tv_nsec: (us % 1_000_000 * 1000) as i64 });
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        if fds[0].revents().contains(PollFlags::IN) {
+            self.orders.rearm();
+        }
+        for ring in self.rings.iter_mut().flatten() {
+            ring.drain_kick();
+            ring.disable_notification();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,125 @@
+//! A back end that protects nothing, and one that waits for its orders.
+
+use super::*;
+
+#[test]
+fn frames_pass_both_ways_in_order() {
+    let mut bench = Bench::start(false);
+    bench.start_rings([0, 0]);
+    for round in 0..40 {
+        bench.offer_buffer();
+        let ping = frame(&format!("ping {round}"));
+        bench.lan_sends(&ping);
+        assert_eq!(bench.guest_receives(LIMIT), Some(ping));
+        let pong = frame(&format!("pong {round}"));
+        bench.guest_sends(&pong);
+        assert_eq!(bench.lan_receives(LIMIT), Some(pong));
+        assert!(bench.queues[TX].used(LIMIT).is_some());
+    }
+    assert_eq!(bench.status("/frames/guest_frames"), 40);
+    assert_eq!(bench.status("/frames/lan_bytes"), 40 * 60);
+    assert_eq!(bench.stop_rings(), [40, 40]);
+}
+
+#[test]
+fn a_driver_from_before_virtio_1_has_a_shorter_header() {
+    let mut bench = Bench::start(false);
+    bench.features(0);
+    bench.header_bytes = LEGACY_HEADER_BYTES;
+    bench.start_rings([0, 0]);
+    bench.offer_buffer();
+    bench.lan_sends(&frame("in"));
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("in")));
+    bench.guest_sends(&frame("out"));
+    assert_eq!(bench.lan_receives(LIMIT), Some(frame("out")));
+}
+
+#[test]
+fn frames_wait_in_the_tap_for_buffers_and_for_the_ring() {
+    let mut bench = Bench::start(false);
+    for text in ["one", "two", "three"] {
+        bench.lan_sends(&frame(text));
+    }
+    bench.start_rings([0, 0]);
+    assert_eq!(bench.guest_receives(MOMENT), None);
+    assert_eq!(bench.status("/frames/lan_frames"), 0);
+    bench.offer_buffer();
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("one")));
+    let next = bench.stop_rings();
+    bench.offer_buffer();
+    bench.offer_buffer();
+    assert_eq!(bench.guest_receives(MOMENT), None);
+    bench.start_rings(next);
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("two")));
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("three")));
+}
+
+#[test]
+fn what_is_no_frame_or_does_not_fit_is_counted_and_does_no_harm() {
+    let mut bench = Bench::start(false);
+    bench.start_rings([0, 0]);
+    bench.guest_sends(&[1, 2, 3]);
+    assert!(bench.queues[TX].used(LIMIT).is_some());
+    bench.queues[TX].offer(VRING_DESC_F_WRITE, 100);
+    assert!(bench.queues[TX].used(LIMIT).is_some());
+    assert_eq!(bench.status("/frames/guest_malformed"), 2);
+    bench.offer_buffer();
+    bench.lan_sends(&[7; 1600]);
+    bench.lan_sends(&frame("fits"));
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("fits")));
+    assert_eq!(bench.status("/frames/guest_too_long"), 1);
+    // a malformed chain breaks that queue only
+    bench.queues[TX].descriptor(bench.queues[TX].available % SIZE, Descriptor::new(u64::MAX - 10, 100, 0, 0));
+    let queue = &mut bench.queues[TX];
+    let slot = queue.base + 0x1000 + 4 + 2 * u64::from(queue.available % (2 * SIZE));
+    queue.memory.write_obj(queue.available % SIZE, GuestAddress(slot)).unwrap();
+    queue.memory.write_obj(queue.available + 1, GuestAddress(queue.base + 0x1002)).unwrap();
+    rustix::io::write(&queue.kick, &1u64.to_ne_bytes()).unwrap();
+    bench.offer_buffer();
+    bench.lan_sends(&frame("still here"));
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("still here")));
+    assert_eq!(bench.status("/rings_broken"), 1);
+}
+
+#[test]
+fn a_protected_one_lets_nothing_pass_without_orders() {
+    let mut bench = Bench::start(true);
+    bench.start_rings([0, 0]);
+    bench.offer_buffer();
+    bench.lan_sends(&frame("in"));
+    bench.guest_sends(&frame("out"));
+    assert_eq!(bench.guest_receives(MOMENT), None);
+    assert_eq!(bench.lan_receives(MOMENT), None);
+    for command in
+        [Command::TakeOver, Command::Marker { epoch: 1 }, Command::Commit { epoch: 1 }, Command::Detach]
+    {
+        let refused = bench.call(&command).unwrap_err().to_string();
+        assert!(refused.contains("No peer was attached"), "{refused}");
+    }
+    assert_eq!(bench.status("/pair/phase"), "closed");
+    assert_eq!(bench.stop_rings(), [0, 0], "nothing was taken from the guest");
+}
+
+#[test]
+fn a_dirty_log_learns_of_every_page_that_is_written() {
+    use colo::memory::{DirtyLog, PageSet};
+    let mut bench = Bench::start(false);
+    let log = DirtyLog::create(64).unwrap();
+    let client = bench.client.as_mut().unwrap();
+    client.call(&Command::DirtyLog { pages: 64 }, &[log.as_fd()], LIMIT).unwrap();
+    assert!(client.call(&Command::DirtyLog { pages: 1 << 20 }, &[log.as_fd()], LIMIT).is_err(), "too short");
+    assert!(client.call(&Command::DirtyLog { pages: 64 }, &[], LIMIT).is_err(), "no descriptor");
+    bench.start_rings([0, 0]);
+    bench.offer_buffer();
+    bench.lan_sends(&frame("in"));
+    bench.guest_receives(LIMIT).unwrap();
+    bench.stop_rings();
+    let mut pages = PageSet::new(64);
+    log.drain(&mut pages);
+    // the used rings of both queues, for their flags, and the buffer
+    let buffer = bench.queues[RX].buffer(0) / 4096;
+    let mut expected = vec![(base(RX) + 0x1800) / 4096, buffer, (base(TX) + 0x1800) / 4096];
+    expected.sort_unstable();
+    assert_eq!(pages.iter().collect::<Vec<_>>(), expected);
+    assert_eq!(bench.status("/dirty_log_missed"), 0);
+}
