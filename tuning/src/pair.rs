@@ -126,7 +126,7 @@ impl Pair {
     pub fn prepare(options: &PairOptions, image: &GuestImage) -> Result<Self> {
         let lab = Lab::build()?;
         let disk = |side| lab.host(side).directory().join("disk.img");
-        let disk_a = Disk::create(disk(Side::A), 512)?;
+        let disk_a = Disk::create(disk(Side::A), 128)?;
         let disk_b = disk_a.copy_to(disk(Side::B))?;
         for side in [Side::A, Side::B] {
             lab.host(side).add_tap("vm0")?;

@@ -35,7 +35,7 @@ impl Solo {
     pub fn start(lab: &Lab, side: Side, image: &GuestImage, devices: Devices) -> Result<Self> {
         let host = lab.host(side);
         let file = |name: &str| host.directory().join(name);
-        let disk = Disk::create(file("solo.img"), 512)?;
+        let disk = Disk::create(file("solo.img"), 128)?;
         host.add_tap("solo0")?;
         let (address, mac) = match side {
             Side::A => (GUEST, MAC),
