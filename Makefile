@@ -28,7 +28,8 @@ test: deps
 	$(CARGO) fmt --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	$(CARGO) build --release --workspace --bins
-	$(CARGO) test --workspace
+	guest=$$(tuning/guest/mkguest.sh $(COLO_BIN_DIR)/guest-agent) && \
+		COLO_TEST_KERNEL=$$guest/vmlinuz COLO_TEST_INITRD=$$guest/initrd $(CARGO) test --workspace
 
 test-failover: deps build
 	COLO_TEST_ROUNDS=$(ROUNDS) $(CARGO) test -p colo-tests --test failover killing_host_a
