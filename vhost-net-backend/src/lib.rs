@@ -11,5 +11,7 @@ mod protection;
 pub mod proxy;
 pub mod rewrite;
 pub mod tap;
+#[cfg(test)]
+mod test_frames;
 pub mod wire;
 pub mod worker;

@@ -165,4 +165,4 @@ fn parse_arp(frame: &[u8], at: usize) -> Option<Kind> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

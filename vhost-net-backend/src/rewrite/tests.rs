@@ -1,1 +1,381 @@
-//! Tests.
+//! An SVM whose numbers are others than the PVM's, told twice: once in each space.
+
+use etherparse::TcpOptionElement;
+use proptest::prelude::*;
+
+use super::*;
+use crate::test_frames::{Done, Tcp, carry_out, read};
+use crate::wire::OUTPUT;
+
+/// One connection as the two VMs number it.
+#[derive(Clone, Copy, Debug)]
+struct Numbers {
+    v6: bool,
+    port: u16,
+    pvm_isn: u32,
+    svm_isn: u32,
+    /// Clocks at the SYNs; no timestamps at all without.
+    clocks: Option<(u32, u32)>,
+}
+
+/// A segment, numbered from the SYN of its sender on.
+#[derive(Clone, Debug, Default)]
+struct Piece {
+    from_client: bool,
+    syn: bool,
+    fin: bool,
+    rst: bool,
+    no_ack: bool,
+    offset: u32,
+    acked: u32,
+    clock: u32,
+    sack: Option<(u32, u32)>,
+    misaligned: bool,
+    data: Vec<u8>,
+}
+
+const CLIENT_ISN: u32 = 0xffff_ff00;
+
+impl Numbers {
+    fn frame(&self, piece: &Piece, of_svm: bool) -> Vec<u8> {
+        let guest_isn = if of_svm { self.svm_isn } else { self.pvm_isn };
+        let (isn, other_isn) =
+            if piece.from_client { (CLIENT_ISN, guest_isn) } else { (guest_isn, CLIENT_ISN) };
+        let ack = (!piece.no_ack).then(|| other_isn.wrapping_add(piece.acked));
+        let mut options = Vec::new();
+        if piece.misaligned {
+            options.push(TcpOptionElement::Noop);
+        }
+        if let Some((pvm, svm)) = self.clocks {
+            let guest = if of_svm { svm } else { pvm }.wrapping_add(piece.clock);
+            options.push(match (piece.from_client, ack) {
+                (false, _) => TcpOptionElement::Timestamp(guest, 77),
+                (true, Some(_)) => TcpOptionElement::Timestamp(77, guest),
+                (true, None) => TcpOptionElement::Timestamp(77, 0),
+            });
+        }
+        if let (Some((start, end)), Some(_)) = (piece.sack, ack) {
+            let edge = |at: u32| other_isn.wrapping_add(at);
+            options.push(TcpOptionElement::SelectiveAcknowledgement(
+                (edge(start), edge(end)),
+                [Some((edge(end), edge(start))), None, None],
+            ));
+        }
+        Tcp {
+            v6: self.v6,
+            client_port_offset: self.port,
+            from_client: piece.from_client,
+            seq: isn.wrapping_add(piece.offset),
+            ack,
+            syn: piece.syn,
+            fin: piece.fin,
+            rst: piece.rst,
+            window: 512,
+            options: &options,
+            data: &piece.data,
+        }
+        .frame()
+    }
+
+    fn isn(&self) -> Isn {
+        let frame = self.frame(&syn(), false);
+        let flow = Packet::parse(&frame).flow_from_guest(&frame);
+        Isn { flow, isn: self.pvm_isn, timestamp: self.clocks.map(|clocks| clocks.0) }
+    }
+}
+
+fn syn() -> Piece {
+    Piece { syn: true, acked: 1, ..Piece::default() }
+}
+
+/// A rewriter with its exit.
+struct Bench {
+    rewriter: Rewriter,
+    actions: Actions,
+    exit: Exit,
+    now_us: u64,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self {
+            rewriter: Rewriter::new(Limits::default()),
+            actions: Actions::new(),
+            exit: Exit::Peer { epoch: 1 },
+            now_us: 1,
+        }
+    }
+
+    fn pvm_begins(&mut self, numbers: &Numbers) -> Vec<Vec<u8>> {
+        self.rewriter.pvm_begins(&numbers.isn(), self.now_us, self.exit, &mut self.actions);
+        self.sent()
+    }
+
+    fn out(&mut self, frame: &[u8]) -> Vec<Vec<u8>> {
+        self.rewriter.outbound(frame, self.now_us, self.exit, &mut self.actions);
+        self.sent()
+    }
+
+    fn inbound(&mut self, frame: &[u8]) -> Vec<u8> {
+        self.rewriter.inbound(frame, self.now_us, &mut self.actions);
+        let mut done = carry_out(&mut self.actions);
+        assert_eq!(done.to_guest.len(), 1);
+        done.to_guest.remove(0)
+    }
+
+    fn sent(&mut self) -> Vec<Vec<u8>> {
+        let done = carry_out(&mut self.actions);
+        match self.exit {
+            Exit::Lan => done.to_lan,
+            Exit::Peer { epoch } => done
+                .to_peer
+                .into_iter()
+                .map(|(kind, of, payload)| {
+                    assert_eq!((kind, of), (OUTPUT, epoch));
+                    payload
+                })
+                .collect(),
+        }
+    }
+
+    fn take_over(&mut self) -> Done {
+        self.rewriter.take_over(&mut self.actions);
+        self.exit = Exit::Lan;
+        carry_out(&mut self.actions)
+    }
+
+    /// Both directions of a segment come out in the other space.
+    fn passes(&mut self, numbers: &Numbers, piece: &Piece) {
+        let (pvm, svm) = (numbers.frame(piece, false), numbers.frame(piece, true));
+        if piece.from_client {
+            let frame = self.inbound(&pvm);
+            assert_eq!(read(&frame), read(&svm));
+            assert_eq!(frame, svm);
+        } else {
+            let frames = self.out(&svm);
+            assert_eq!(frames.iter().map(|frame| read(frame)).collect::<Vec<_>>(), [read(&pvm)]);
+            assert_eq!(frames, [pvm]);
+        }
+    }
+
+    /// What has no shift passes as it is.
+    fn passes_unchanged(&mut self, frame: &[u8], from_client: bool) {
+        if from_client {
+            assert_eq!(self.inbound(frame), frame);
+        } else {
+            assert_eq!(self.out(frame), [frame]);
+        }
+    }
+}
+
+fn numbers() -> impl Strategy<Value = Numbers> {
+    let near_wrap = || prop_oneof![any::<u32>(), (u32::MAX - 500)..=u32::MAX];
+    (any::<bool>(), near_wrap(), near_wrap(), prop::option::of((near_wrap(), near_wrap())))
+        .prop_map(|(v6, pvm_isn, svm_isn, clocks)| Numbers { v6, port: 0, pvm_isn, svm_isn, clocks })
+}
+
+fn piece() -> impl Strategy<Value = Piece> {
+    (
+        any::<[bool; 3]>(),
+        0u8..10,
+        1u32..5000,
+        1u32..5000,
+        0u32..5000,
+        prop::option::of((1u32..5000, 1u32..5000)),
+        prop::collection::vec(any::<u8>(), 0..20),
+    )
+        .prop_map(|([from_client, fin, misaligned], rare, offset, acked, clock, sack, data)| Piece {
+            from_client,
+            fin: fin && rare == 0,
+            rst: rare == 1,
+            no_ack: rare == 1 && from_client,
+            offset,
+            acked,
+            clock,
+            sack,
+            misaligned,
+            data: if rare == 1 { Vec::new() } else { data },
+            ..Piece::default()
+        })
+}
+
+proptest! {
+    #[test]
+    fn each_side_sees_the_numbers_that_it_expects(
+        first in numbers(),
+        second in numbers(),
+        pvm_first in any::<bool>(),
+        guest_opens in any::<bool>(),
+        pieces in prop::collection::vec(piece(), 1..30),
+        early in prop::collection::vec(piece(), 0..5),
+        turn in any::<prop::sample::Index>(),
+        end in 0u8..4,
+    ) {
+        let mut bench = Bench::new();
+        // another connection on other ports is never touched
+        let foreign = Numbers { port: 1, ..second };
+        let turn = turn.index(pieces.len());
+        let opening = if guest_opens { Piece { no_ack: true, acked: 0, ..syn() } } else { syn() };
+        let mut numbers = first;
+        for (index, piece) in std::iter::once(None).chain(pieces.iter().map(Some)).enumerate() {
+            let begins = match piece {
+                None => true,
+                Some(_) if index == turn + 1 && end == 1 => {
+                    // the same ports again
+                    numbers = Numbers { v6: first.v6, ..second };
+                    numbers.pvm_isn != first.pvm_isn && numbers.svm_isn != first.svm_isn
+                }
+                Some(_) => false,
+            };
+            if begins {
+                if guest_opens && piece.is_none() {
+                    // nothing of it is known: a stray packet passes
+                    bench.passes_unchanged(&numbers.frame(&pieces[0], false), pieces[0].from_client);
+                }
+                let begun = numbers.frame(&opening, false);
+                if pvm_first {
+                    prop_assert!(bench.pvm_begins(&numbers).is_empty());
+                    bench.passes(&numbers, &opening);
+                } else {
+                    prop_assert!(bench.out(&numbers.frame(&opening, true)).is_empty());
+                    let early: Vec<_> = early.iter().filter(|piece| !piece.from_client).collect();
+                    let mut expected = vec![begun];
+                    for piece in early {
+                        prop_assert!(bench.out(&numbers.frame(piece, true)).is_empty());
+                        expected.push(numbers.frame(piece, false));
+                    }
+                    prop_assert_eq!(bench.pvm_begins(&numbers), expected);
+                }
+                prop_assert!(bench.pvm_begins(&numbers).is_empty());
+                bench.passes(&numbers, &opening);
+            }
+            if let Some(piece) = piece {
+                if index == turn + 1 && end == 2 {
+                    bench.rewriter.commit();
+                }
+                if index == turn + 1 && end == 3 {
+                    prop_assert_eq!(bench.take_over(), Done::default());
+                }
+                if index > turn && end == 2 {
+                    bench.passes_unchanged(&numbers.frame(piece, piece.from_client), piece.from_client);
+                } else if numbers.pvm_isn == first.pvm_isn || index <= turn || end == 1 {
+                    bench.passes(&numbers, piece);
+                }
+                bench.passes_unchanged(&foreign.frame(piece, true), piece.from_client);
+            }
+        }
+    }
+
+    #[test]
+    fn no_frames_make_it_panic(
+        frames in prop::collection::vec((0u8..6, crate::packet::tests::frame_like(), any::<u32>()), 1..60),
+    ) {
+        let mut bench = Bench::new();
+        bench.rewriter.limits = Limits { connections_max: 3, held_bytes_max: 300 };
+        for (what, frame, number) in frames {
+            bench.now_us += u64::from(number);
+            match what {
+                0 | 1 => drop(bench.out(&frame)),
+                2 => drop(bench.inbound(&frame)),
+                3 => {
+                    let flow = Packet::parse(&frame).flow_from_guest(&frame);
+                    let isn = Isn { flow, isn: number, timestamp: Some(number) };
+                    bench.rewriter.pvm_begins(&isn, bench.now_us, bench.exit, &mut bench.actions);
+                    bench.sent();
+                }
+                4 => bench.rewriter.tick(bench.now_us),
+                _ if number % 8 == 0 => bench.rewriter.commit(),
+                _ if number % 8 == 1 => drop(bench.take_over()),
+                _ => {}
+            }
+            prop_assert!(bench.rewriter.stats().connections <= 3);
+            prop_assert!(bench.rewriter.stats().held_bytes <= 300);
+        }
+    }
+}
+
+const NUMBERS: Numbers =
+    Numbers { v6: false, port: 0, pvm_isn: 1000, svm_isn: 900_000, clocks: Some((5, 50)) };
+
+fn opened() -> Bench {
+    let mut bench = Bench::new();
+    bench.pvm_begins(&NUMBERS);
+    bench.passes(&NUMBERS, &syn());
+    bench
+}
+
+const TWO_MSL_US: u64 = 240_000_000;
+
+#[test]
+fn a_connection_is_forgotten_when_both_ends_have_closed_it_and_packets_have_had_time_to_arrive() {
+    let mut bench = opened();
+    bench.take_over();
+    let from_client = Piece { from_client: true, offset: 1, acked: 1, ..Piece::default() };
+    let closing = [
+        Piece { offset: 1, acked: 1, fin: true, ..Piece::default() },
+        Piece { acked: 2, ..from_client.clone() },
+        Piece { acked: 2, fin: true, ..from_client.clone() },
+        Piece { offset: 2, acked: 2, ..Piece::default() },
+    ];
+    for piece in &closing {
+        bench.now_us += TWO_MSL_US + 1;
+        bench.rewriter.tick(bench.now_us);
+        bench.passes(&NUMBERS, piece);
+    }
+    bench.now_us += TWO_MSL_US;
+    bench.rewriter.tick(bench.now_us);
+    bench.passes(&NUMBERS, &closing[3]);
+    bench.now_us += TWO_MSL_US + 1;
+    bench.rewriter.tick(bench.now_us);
+    assert_eq!(bench.rewriter.stats().connections, 0);
+}
+
+#[test]
+fn a_reset_that_the_guest_does_not_believe_ends_nothing() {
+    let mut bench = opened();
+    bench.take_over();
+    let rst = Piece { from_client: true, rst: true, no_ack: true, offset: 9, ..Piece::default() };
+    bench.passes(&NUMBERS, &rst);
+    bench.passes(&NUMBERS, &Piece { offset: 1, acked: 1, ..Piece::default() });
+    bench.now_us += TWO_MSL_US + 1;
+    bench.rewriter.tick(bench.now_us);
+    assert_eq!(bench.rewriter.stats().connections, 1);
+    bench.passes(&NUMBERS, &rst);
+    bench.now_us += TWO_MSL_US + 1;
+    bench.rewriter.tick(bench.now_us);
+    assert_eq!(bench.rewriter.stats().connections, 0);
+}
+
+#[test]
+fn alone_a_new_connection_is_not_rewritten_and_what_waited_goes_out_as_it_is() {
+    let mut bench = opened();
+    let other = Numbers { port: 7, ..NUMBERS };
+    let waits = other.frame(&syn(), true);
+    assert!(bench.out(&waits).is_empty());
+    assert_eq!(bench.take_over().to_lan, std::slice::from_ref(&waits));
+    bench.passes_unchanged(&waits, false);
+    // the old connection's ports again
+    let again = Numbers { svm_isn: 123, ..NUMBERS };
+    bench.passes(&NUMBERS, &syn());
+    bench.passes_unchanged(&again.frame(&syn(), true), false);
+    let answer = Piece { from_client: true, offset: 1, acked: 1, ..Piece::default() };
+    bench.passes_unchanged(&again.frame(&answer, true), true);
+}
+
+#[test]
+fn while_the_svm_is_behind_its_old_connection_keeps_its_numbers() {
+    let mut bench = opened();
+    let next = Numbers { pvm_isn: 5000, svm_isn: 1, ..NUMBERS };
+    assert!(bench.pvm_begins(&next).is_empty());
+    bench.passes(&NUMBERS, &Piece { offset: 9, acked: 3, ..Piece::default() });
+    bench.passes(&NUMBERS, &Piece { from_client: true, offset: 3, acked: 9, ..Piece::default() });
+    bench.passes(&next, &syn());
+    bench.passes(&next, &Piece { from_client: true, offset: 1, acked: 1, ..Piece::default() });
+}
+
+#[test]
+fn a_refused_syn_keeps_its_zero() {
+    let mut bench = opened();
+    let refusal = Tcp { seq: 0, ack: Some(3), rst: true, ..Tcp::default() }.frame();
+    assert_eq!(bench.out(&refusal), [refusal]);
+}
