@@ -19,7 +19,7 @@ fn main() -> ExitCode {
         ("a_socket_path_that_is_taken", a_socket_path_that_is_taken),
         ("a_vm_that_runs_already", a_vm_that_runs_already),
         ("a_disk_of_another_length_on_the_secondary", a_disk_of_another_length_on_the_secondary),
-        ("a_primary_that_speaks_nonsense", a_primary_that_speaks_nonsense),
+        ("a_stranger_at_the_secondarys_port", a_stranger_at_the_secondarys_port),
         ("a_secondary_that_speaks_nonsense", a_secondary_that_speaks_nonsense),
     ])
 }
@@ -110,7 +110,7 @@ fn a_missing_qemu() -> Result<()> {
     change(&pair, "[vm]", "[vm]\nqemu = \"qemu-system-nowhere\"")?;
     let before = disks(&pair)?;
     pair.run(Side::A, &PairOptions::default())?;
-    fails(&mut pair, Side::A, &["qemu-system-nowhere", "vm.qemu"])?;
+    fails(&mut pair, Side::A, &["qemu-system-nowhere", "install QEMU"])?;
     ensure!(disks(&pair)? == before, "A disk was changed");
     Ok(())
 }
@@ -162,7 +162,8 @@ fn a_disk_of_another_length_on_the_secondary() -> Result<()> {
     Ok(())
 }
 
-fn a_primary_that_speaks_nonsense() -> Result<()> {
+/// A port scanner must not end a secondary: the stranger is refused, with a line in the log, and the wait goes on.
+fn a_stranger_at_the_secondarys_port() -> Result<()> {
     let mut pair = prepare()?;
     let before = disks(&pair)?;
     pair.run(Side::B, &PairOptions::default())?;
@@ -170,7 +171,14 @@ fn a_primary_that_speaks_nonsense() -> Result<()> {
     let address = format!("{}:7470", Side::B.link_address());
     let mut stream = pair.lab().host(Side::A).namespace().run(|| TcpStream::connect(&address))??;
     stream.write_all(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")?;
-    fails(&mut pair, Side::B, &["COLO link"])?;
+    let process = pair.process(Side::B)?;
+    let refusals =
+        |output: &str| output.lines().filter(|line| line.contains("does not speak the COLO link")).count();
+    let log = process.log().to_owned();
+    process.until("refusal", Duration::from_secs(20), || {
+        fs::read_to_string(&log).ok().filter(|output| refusals(output) == 1)
+    })?;
+    await_waiting(&mut pair)?;
     ensure!(disks(&pair)? == before, "A disk was changed");
     Ok(())
 }

@@ -73,6 +73,11 @@ impl Process {
         }
     }
 
+    /// The file with what it prints.
+    pub fn log(&self) -> &Path {
+        &self.log
+    }
+
     /// Everything that it has printed.
     pub fn output(&self) -> String {
         fs::read(&self.log)
