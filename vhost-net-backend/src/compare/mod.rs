@@ -22,7 +22,7 @@ use flows::{Flows, Protocol};
 use held::{HeldPacket, HeldQueue, Order};
 use tcp::{Difference, Verdict, Wait};
 
-use crate::packet::{FlowKey, Kind, Packet};
+use crate::packet::{Flags, FlowKey, Kind, Packet};
 use crate::proxy::{Actions, Cause};
 
 /// What the comparison keeps within. Times are in microseconds, like all times here.
@@ -72,6 +72,8 @@ pub struct Compare {
     /// Held packets by the time when they have waited too long: those that wait normally, the patient ones, and those
     /// in dispute. What is released meanwhile stays until its time comes.
     deadlines: [VecDeque<(u64, Order)>; 3],
+    /// Connections that the SVM has reset, by the time when the PVM should have too.
+    resets: VecDeque<(u64, FlowKey)>,
     svm_bytes: usize,
     /// A checkpoint has been asked for in this epoch.
     wanted: bool,
@@ -91,6 +93,7 @@ impl Compare {
             limits,
             held: HeldQueue::default(),
             deadlines: Default::default(),
+            resets: VecDeque::new(),
             svm_bytes: 0,
             wanted: false,
             suspended: false,
@@ -190,6 +193,9 @@ impl Compare {
         match (&mut flow.protocol, &packet.kind) {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) => {
                 tcp.svm_says(segment, frame);
+                if segment.flags.has(Flags::RST) && tcp.svm_alone_has_reset() && !self.wanted {
+                    self.resets.push_back((now_us + self.limits.held_us_max, key));
+                }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
                 self.advance_tcp(&key, now_us, actions);
             }
@@ -206,10 +212,15 @@ impl Compare {
         };
         let begins = |packet: &Packet| {
             matches!(&packet.kind, Kind::Tcp { segment, .. }
-                if segment.flags.has(crate::packet::Flags::SYN) && segment.seq == isn)
+                if segment.flags.has(Flags::SYN) && segment.seq == isn)
         };
         matches!(&flow.protocol, Protocol::Tcp(tcp) if tcp.isn() == Some(isn))
             || flow.held.iter().filter_map(|order| self.held.get(*order)).any(|held| begins(&held.packet))
+    }
+
+    /// The PVM is paused for a checkpoint: nothing is gained by asking for another.
+    pub fn checkpoint_begins(&mut self) {
+        self.wanted = true;
     }
 
     /// From now on nothing leaves before [`Compare::commit`], and no checkpoint is asked for: the peer is lost.
@@ -341,6 +352,7 @@ impl Compare {
             }
         });
         self.deadlines.iter_mut().for_each(VecDeque::clear);
+        self.resets.clear();
         self.svm_bytes = 0;
         self.wanted = false;
     }
@@ -361,7 +373,8 @@ impl Compare {
             // one wish an epoch is enough
             return None;
         }
-        self.deadlines.iter().filter_map(|queue| Some(queue.front()?.0)).min()
+        let held = self.deadlines.iter().filter_map(|queue| Some(queue.front()?.0));
+        held.chain(self.resets.front().map(|reset| reset.0)).min()
     }
 
     /// Looks whether something has waited too long.
@@ -376,6 +389,18 @@ impl Compare {
                 if waits {
                     self.waited_too_long(order, now_us, actions);
                 }
+            }
+        }
+        while let Some((deadline, key)) = self.resets.front().copied()
+            && deadline <= now_us
+            && !self.wanted
+        {
+            self.resets.pop_front();
+            // after a failover the client would be reset, though the PVM never meant to
+            if let Some(Protocol::Tcp(tcp)) = self.flows.find(&key)
+                && tcp.svm_alone_has_reset()
+            {
+                self.mismatch(&key, "the PVM goes on, the SVM resets", actions);
             }
         }
         self.flows.age(now_us);

@@ -164,6 +164,11 @@ impl TcpFlow {
         self.reset || self.fin.is_some()
     }
 
+    /// Whether the SVM has reset the connection and the PVM has not.
+    pub(super) fn svm_alone_has_reset(&self) -> bool {
+        !self.reset && self.ahead.is_empty() && self.svm.reset
+    }
+
     /// Takes in a segment of the SVM.
     pub(super) fn svm_says(&mut self, segment: &Segment, frame: &[u8]) {
         let flags = segment.flags;

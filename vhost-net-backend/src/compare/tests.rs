@@ -169,6 +169,25 @@ fn different_events_are_mismatches() {
 }
 
 #[test]
+fn a_connection_that_only_the_svm_resets_is_a_mismatch_even_if_the_pvm_is_quiet() {
+    let rst = |port| Tcp { seq: 100, rst: true, client_port_offset: port, ..Tcp::default() }.frame();
+    let mut bench = bench();
+    assert_eq!(bench.svm(&rst(0)), nothing());
+    assert_eq!(bench.svm(&rst(1)), nothing());
+    assert_eq!(bench.pvm(&rst(0)), leaves(&[&rst(0)]));
+    assert_eq!(bench.after_us(99_999), nothing());
+    let done = bench.after_us(1);
+    assert_eq!(
+        done.wanted,
+        [(
+            Cause::Mismatch,
+            "tcp 10.0.0.9:6379 -> 10.0.0.1:40001: the PVM goes on, the SVM resets".to_owned()
+        )]
+    );
+    assert_eq!(bench.compare.next_deadline(), None);
+}
+
+#[test]
 fn each_refused_syn_waits_for_its_own_refusal() {
     let mut bench = bench();
     let refusal = |ack| Tcp { seq: 0, ack: Some(ack), rst: true, ..Tcp::default() }.frame();

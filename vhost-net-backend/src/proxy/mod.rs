@@ -63,3 +63,6 @@ pub enum Mode {
 
 /// How often tables are looked through for what has aged, in microseconds.
 const HOUSEKEEPING_US: u64 = 1_000_000;
+
+#[cfg(test)]
+mod tests;

@@ -174,6 +174,7 @@ impl Primary {
     pub fn marker(&mut self, epoch: u64, actions: &mut Actions) -> Result<(), OrderError> {
         self.check("marker", epoch)?;
         self.marked = true;
+        self.compare.checkpoint_begins();
         actions.push_to_peer(MARKER, epoch, &[]);
         Ok(())
     }
