@@ -55,9 +55,16 @@ impl Worker {
         }
     }
 
-    /// Uses the link no more. What the peer has sent so far is still taken: a secondary that goes on alone should know of
-    /// all that reached the PVM.
+    /// Uses the link no more.
     pub(super) fn detach(&mut self) {
+        self.hear_the_peer_out();
+        if let Mode::Protected(protection) = &mut self.mode {
+            protection.detach();
+        }
+    }
+
+    /// Takes what the peer has sent so far: a secondary that goes on alone should know of all that reached the PVM.
+    fn hear_the_peer_out(&mut self) {
         for _ in 0..LAST_READS_MAX {
             let Mode::Protected(protection) = &mut self.mode else {
                 return;
@@ -75,9 +82,6 @@ impl Worker {
             if !matches!(received, Some(Ok(Received::Some))) {
                 break;
             }
-        }
-        if let Mode::Protected(protection) = &mut self.mode {
-            protection.detach();
         }
     }
 
@@ -190,6 +194,8 @@ impl Worker {
             None => false,
             Some(Ok(any)) => any,
             Some(Err(error)) => {
+                // it takes nothing any more, but what came before may not have been read
+                self.hear_the_peer_out();
                 self.link_lost(error.to_string());
                 true
             }

@@ -1,5 +1,6 @@
 //! A worker between a driver, a LAN, a peer and a controller that the test plays.
 
+mod failover;
 mod pair;
 mod plain;
 
@@ -258,9 +259,14 @@ impl Bench {
     fn attach(&mut self, role: Role) -> Peer {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(LIMIT)).unwrap();
-        let client = self.client.as_mut().unwrap();
-        client.call(&Command::Attach { role, epoch: 1 }, &[theirs.as_fd()], LIMIT).unwrap();
+        self.attach_to(role, &theirs);
         Peer(ours)
+    }
+
+    /// The same over a given link.
+    fn attach_to(&mut self, role: Role, link: &UnixStream) {
+        let client = self.client.as_mut().unwrap();
+        client.call(&Command::Attach { role, epoch: 1 }, &[link.as_fd()], LIMIT).unwrap();
     }
 
     fn event(&self) -> Event {
