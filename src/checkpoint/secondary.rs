@@ -151,8 +151,8 @@ impl Secondary {
     /// Goes through one checkpoint whose `BEGIN` has just arrived.
     ///
     /// `complete` waits until the rest of it and the markers of all devices are here. Up to there nothing has
-    /// changed and an error leaves the old state, paused. From there on it is committed; an error then means that
-    /// this side's VM is lost, or with `--verify`, unequal.
+    /// changed, and an error leaves the old state, paused; [`CheckpointError::Peer`] comes from there only. From then on
+    /// it is committed, and an error means that this side's VM is lost, or with `--verify`, unequal.
     ///
     /// # Errors
     /// See above.
@@ -175,7 +175,6 @@ impl Secondary {
         let received = complete()?;
         steps.receive_us = watch.step_us();
         crash_point("secondary-complete");
-        // An error from here to the end must not be taken for the old state: `committed` says so to the caller.
         if let Err(error) = write_frame(&mut self.out, COMMITTED, epoch, &[]) {
             // The primary will never know, but all of its state is here: go through with it.
             tracing::warn!("Checkpoint {epoch} is committed, the primary cannot be told: {error}");
@@ -201,8 +200,14 @@ impl Secondary {
         steps.load_us = watch.step_us();
         crash_point("secondary-loaded");
         if received.verify {
-            self.send_digests(epoch, vm)?;
-            verified()?;
+            match self.send_digests(epoch, vm) {
+                Ok(()) => verified()?,
+                // Committed is committed: without a primary there is nobody to compare with.
+                Err(CheckpointError::Peer(error)) => {
+                    tracing::warn!("Checkpoint {epoch} cannot be verified: {error}");
+                }
+                Err(error) => return Err(error),
+            }
             steps.verify_us = watch.step_us();
         }
         devices.commit(epoch)?;

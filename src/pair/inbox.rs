@@ -13,11 +13,13 @@ use crate::checkpoint::{CheckpointError, DeviceError, Incoming, Received, Reply}
 pub(super) struct Inbox {
     events: Receiver<Event>,
     deferred: VecDeque<Event>,
+    /// Secondary: markers that have overtaken the beginning of their checkpoint, which comes on another connection.
+    markers: Vec<(Device, u64)>,
 }
 
 impl Inbox {
     pub(super) fn new(events: Receiver<Event>) -> Self {
-        Self { events, deferred: VecDeque::new() }
+        Self { events, deferred: VecDeque::new(), markers: Vec::new() }
     }
 
     /// The next event; `None` when the deadline has passed.
@@ -37,6 +39,11 @@ impl Inbox {
         self.deferred.extend(self.events.try_iter());
         self.deferred
             .retain(|event| !matches!(event, Event::Wanted { .. } | Event::Reply(Reply::Wanted { .. })));
+    }
+
+    /// Secondary: keeps a marker for the checkpoint that is about to begin.
+    pub(super) fn keep_marker(&mut self, device: Device, epoch: u64) {
+        self.markers.push((device, epoch));
     }
 
     /// The next event inside a checkpoint, where some things end it.
@@ -71,21 +78,25 @@ impl Inbox {
 
     /// Secondary: waits until all four parts of a checkpoint are here.
     pub(super) fn complete(&mut self, epoch: u64, deadline: Instant) -> Result<Received, CheckpointError> {
-        let (mut net, mut block, mut memory) = (false, false, None);
+        let mut markers = std::mem::take(&mut self.markers);
+        let mut memory = None;
         loop {
-            if net
-                && block
+            if let Some(marker) = markers.iter().find(|(_, of)| *of != epoch) {
+                return Err(CheckpointError::Peer(format!("{marker:?} in the middle of checkpoint {epoch}")));
+            }
+            let is_here = |device| markers.iter().any(|(of, _)| *of == device);
+            if is_here(Device::Net)
+                && is_here(Device::Block)
                 && let Some(received) = memory.take()
             {
                 return Ok(received);
             }
             match self.inside(deadline, "the rest of a checkpoint")? {
-                Event::Marker { device: Device::Net, epoch: of } if of == epoch => net = true,
-                Event::Marker { device: Device::Block, epoch: of } if of == epoch => block = true,
+                Event::Marker { device, epoch: of } => markers.push((device, of)),
                 Event::Incoming(Incoming::Complete { epoch: of, received }) if of == epoch => {
                     memory = Some(received);
                 }
-                event @ (Event::Marker { .. } | Event::Incoming(_)) => {
+                event @ Event::Incoming(_) => {
                     return Err(CheckpointError::Peer(format!(
                         "{event:?} in the middle of checkpoint {epoch}"
                     )));

@@ -31,14 +31,20 @@ pub(super) fn run(side: &mut Side, links: Links) -> anyhow::Result<Turn> {
         }
     })?;
     let mut synchronised = false;
+    match follow(side, &mut secondary, &mut synchronised)? {
+        Turn::PeerLost(reason) if !synchronised => {
+            bail!(
+                "The primary was lost before the first checkpoint was complete ({reason}): start this side again"
+            )
+        }
+        turn => Ok(turn),
+    }
+}
+
+fn follow(side: &mut Side, secondary: &mut Secondary, synchronised: &mut bool) -> anyhow::Result<Turn> {
     loop {
         let Some(event) = side.inbox.next(None) else { bail!("The event queue has ended") };
         if let Some(loss) = event.loss() {
-            if !synchronised {
-                bail!(
-                    "The primary was lost before the first checkpoint was complete ({loss}): start this side again"
-                );
-            }
             return Ok(Turn::PeerLost(loss));
         }
         if let Some(fatal) = event.fatal() {
@@ -46,14 +52,15 @@ pub(super) fn run(side: &mut Side, links: Links) -> anyhow::Result<Turn> {
         }
         match event {
             Event::Incoming(Incoming::Begin { epoch, cause }) => {
-                match checkpoint_once(side, &mut secondary, epoch, cause) {
-                    Ok(()) => synchronised = true,
-                    Err(CheckpointError::Peer(reason)) if synchronised => return Ok(Turn::PeerLost(reason)),
+                match checkpoint_once(side, secondary, epoch, cause) {
+                    Ok(()) => *synchronised = true,
+                    Err(CheckpointError::Peer(reason)) => return Ok(Turn::PeerLost(reason)),
                     Err(error) => return Err(error.into()),
                 }
             }
+            Event::Marker { device, epoch } => side.inbox.keep_marker(device, epoch),
             Event::Incoming(Incoming::Goodbye(why)) => return Ok(Turn::Ended(why)),
-            Event::Operator(Request::Failover, answer) if synchronised => {
+            Event::Operator(Request::Failover, answer) if *synchronised => {
                 // An operator that has gone away needs no answer.
                 let _ = answer.send(Ok(serde_json::json!({})));
                 return Ok(Turn::PeerLost("an operator asked for a failover".into()));
@@ -68,12 +75,12 @@ pub(super) fn run(side: &mut Side, links: Links) -> anyhow::Result<Turn> {
             // The primary's guest will do the same, or goes on alone.
             Event::VmEnded => {
                 let why = side.vm_ended()?;
-                return Ok(leave(&mut secondary, &why));
+                return Ok(leave(secondary, &why));
             }
             // The buffer is nearly full: only the primary can take a checkpoint.
             Event::Wanted { cause, detail } => secondary.ask_checkpoint(&cause, &detail)?,
             Event::Terminate => {
-                return Ok(leave(&mut secondary, "an operator has ended protection"));
+                return Ok(leave(secondary, "an operator has ended protection"));
             }
             other => return Ok(Turn::PeerLost(format!("it said something out of order: {other:?}"))),
         }
