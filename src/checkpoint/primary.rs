@@ -6,8 +6,8 @@ use std::net::TcpStream;
 use super::record::{PrimarySteps, Record, SecondarySteps, Stopwatch};
 use super::stream::UringStream;
 use super::wire::{
-    BEGIN, COMMITTED, DEVICES, DEVICES_BYTES_MAX, DIGESTS, END, GOODBYE, PAGES, PAGES_MAX, RESUMED, Tally,
-    VERIFIED, WANTED, page_numbers,
+    BEGIN, COMMITTED, DEVICES, DEVICES_BYTES_MAX, DIGESTS, END, GOODBYE, PAGES, PAGES_MAX, RESUMED,
+    STEP_DOWN, Tally, VERIFIED, WANTED, page_numbers,
 };
 use super::{CheckpointError, Devices, crash_point};
 use crate::link::{read_frame, write_frame};
@@ -43,6 +43,8 @@ pub enum Reply {
         /// For the operator.
         detail: String,
     },
+    /// The secondary has claimed the next generation and waits for this side to let go.
+    StepDown,
     /// The secondary leaves in order.
     Goodbye(String),
     /// The connection has ended or carried nonsense.
@@ -74,6 +76,7 @@ pub fn read_replies(mut stream: impl Read, mut on_reply: impl FnMut(Reply)) {
                 let (cause, detail) = text.split_once('\n').unwrap_or((&text, ""));
                 Reply::Wanted { cause: cause.into(), detail: detail.into() }
             }
+            STEP_DOWN => Reply::StepDown,
             GOODBYE => Reply::Goodbye(String::from_utf8_lossy(&payload).into_owned()),
             kind => break format!("an unknown message, kind {kind}"),
         });

@@ -9,8 +9,8 @@ use super::primary::digests;
 use super::record::{SecondarySteps, Stopwatch};
 use super::stream::UringStream;
 use super::wire::{
-    BEGIN, COMMITTED, DEVICES, DIGESTS, END, End, GOODBYE, PAGES, PAGES_MAX, RESUMED, STATE_BYTES_MAX, Tally,
-    VERIFIED, WANTED, split_pages,
+    BEGIN, COMMITTED, DEVICES, DIGESTS, END, End, GOODBYE, PAGES, PAGES_MAX, RESUMED, STATE_BYTES_MAX,
+    STEP_DOWN, Tally, VERIFIED, WANTED, split_pages,
 };
 use super::{CheckpointError, Devices, crash_point};
 use crate::link::{read_frame, write_frame};
@@ -229,6 +229,14 @@ impl Secondary {
     /// The connection is gone.
     pub fn ask_checkpoint(&mut self, cause: &str, detail: &str) -> std::io::Result<()> {
         write_frame(&mut self.out, WANTED, 0, &[cause.as_bytes(), b"\n", detail.as_bytes()])
+    }
+
+    /// Tells the primary that this side has claimed the VM's next generation.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub fn ask_step_down(&mut self) -> std::io::Result<()> {
+        write_frame(&mut self.out, STEP_DOWN, 0, &[])
     }
 
     /// Tells the primary that protection ends in order.

@@ -30,6 +30,9 @@ pub(super) const GOODBYE: u16 = 10;
 /// Secondary: it needs a checkpoint. Payload: the cause, a line feed, details; UTF-8.
 pub(super) const WANTED: u16 = 11;
 
+/// Secondary: it has claimed the next generation, and takes over once the primary has let go. No payload.
+pub(super) const STEP_DOWN: u16 = 12;
+
 /// Pages in one frame at most.
 pub(super) const PAGES_MAX: usize = 256;
 const _: () = assert!(4 + PAGES_MAX * (8 + PAGE_BYTES) <= PAYLOAD_BYTES_MAX);

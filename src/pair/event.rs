@@ -56,6 +56,8 @@ impl Event {
             Self::DeviceLink { device, reason } => {
                 Some(format!("the {} link failed: {reason}", device.name()))
             }
+            Self::Reply(Reply::StepDown) => Some("the secondary takes over, as its operator asked".into()),
+            Self::Reply(Reply::Goodbye(why)) => Some(format!("it leaves: {why}")),
             Self::Reply(Reply::Lost(reason)) | Self::Incoming(Incoming::Lost(reason)) => {
                 Some(format!("the checkpoint link failed: {reason}"))
             }

@@ -6,7 +6,6 @@ use std::time::Instant;
 use crossbeam_channel::Receiver;
 
 use super::event::{Device, Event};
-use super::operator::Request;
 use crate::checkpoint::{CheckpointError, DeviceError, Incoming, Received, Reply};
 
 /// Events in the order of their arrival, except for those that had to wait.
@@ -58,7 +57,7 @@ impl Inbox {
             return Err(DeviceError(fatal).into());
         }
         match event {
-            Event::Reply(Reply::Goodbye(why)) | Event::Incoming(Incoming::Goodbye(why)) => {
+            Event::Incoming(Incoming::Goodbye(why)) => {
                 Err(CheckpointError::Peer(format!("it leaves: {why}")))
             }
             event => Ok(event),
@@ -100,12 +99,6 @@ impl Inbox {
                     return Err(CheckpointError::Peer(format!(
                         "{event:?} in the middle of checkpoint {epoch}"
                     )));
-                }
-                // A wish to take over must not wait for a primary that may be stuck.
-                Event::Operator(Request::Failover, answer) => {
-                    // An operator that has gone away needs no answer.
-                    let _ = answer.send(Ok(serde_json::json!({})));
-                    return Err(CheckpointError::Peer("an operator asked for a failover".into()));
                 }
                 other => self.deferred.push_back(other),
             }

@@ -36,6 +36,15 @@ pub(super) fn run(side: &mut Side, links: Links) -> anyhow::Result<Turn> {
     })?;
     let mut primary =
         Primary::new(checkpoint, side.vm.pages(), side.verify).context("Checkpoints cannot be sent")?;
+    let turn = protect(side, &mut primary)?;
+    if let Turn::PeerLost(_) = turn {
+        // Before the connection ends, for the secondary may take over as soon as it does.
+        side.backends.detach()?;
+    }
+    Ok(turn)
+}
+
+fn protect(side: &mut Side, primary: &mut Primary) -> anyhow::Result<Turn> {
     let interval = Duration::from_millis(side.config.checkpoint.interval_ms);
     let mut due = Some(Due { cause: "start".into(), answers: Vec::new() });
     // Until the secondary runs again it cannot take the next checkpoint.
@@ -43,7 +52,7 @@ pub(super) fn run(side: &mut Side, links: Links) -> anyhow::Result<Turn> {
     let mut deadline = Instant::now();
     loop {
         if !secondary_busy && let Some(now) = due.take() {
-            if let Some(turn) = checkpoint_once(side, &mut primary, now)? {
+            if let Some(turn) = checkpoint_once(side, primary, now)? {
                 return Ok(turn);
             }
             secondary_busy = true;
@@ -72,7 +81,6 @@ pub(super) fn run(side: &mut Side, links: Links) -> anyhow::Result<Turn> {
                 secondary_busy = false;
                 deadline = Instant::now() + interval;
             }
-            Event::Reply(Reply::Goodbye(why)) => return Ok(Turn::PeerLost(format!("it leaves: {why}"))),
             Event::Operator(Request::Checkpoint, answer) => {
                 due.get_or_insert(Due { cause: "operator".into(), answers: Vec::new() }).answers.push(answer);
             }
@@ -86,9 +94,9 @@ pub(super) fn run(side: &mut Side, links: Links) -> anyhow::Result<Turn> {
             }
             Event::VmEnded => {
                 let why = side.vm_ended()?;
-                return Ok(leave(&mut primary, &why));
+                return Ok(leave(primary, &why));
             }
-            Event::Terminate => return Ok(leave(&mut primary, "an operator has ended the VM")),
+            Event::Terminate => return Ok(leave(primary, "an operator has ended the VM")),
             other => return Ok(Turn::PeerLost(format!("it said something out of order: {other:?}"))),
         }
     }

@@ -37,7 +37,11 @@ pub(super) fn run(side: &mut Side, links: Links) -> anyhow::Result<Turn> {
                 "The primary was lost before the first checkpoint was complete ({reason}): start this side again"
             )
         }
-        turn => Ok(turn),
+        Turn::PeerLost(reason) => {
+            side.backends.detach()?;
+            Ok(Turn::PeerLost(reason))
+        }
+        turn @ Turn::Ended(_) => Ok(turn),
     }
 }
 
@@ -61,9 +65,15 @@ fn follow(side: &mut Side, secondary: &mut Secondary, synchronised: &mut bool) -
             Event::Marker { device, epoch } => side.inbox.keep_marker(device, epoch),
             Event::Incoming(Incoming::Goodbye(why)) => return Ok(Turn::Ended(why)),
             Event::Operator(Request::Failover, answer) if *synchronised => {
+                // First the claim, then the primary lets go and ends the connection; a primary that cannot is noticed
+                // by its silence.
+                let reply = side.claim_next().map_err(anyhow::Error::from).and_then(|winner| {
+                    anyhow::ensure!(winner == side.node, "Node {winner} has the next generation already");
+                    secondary.ask_step_down()?;
+                    Ok(serde_json::json!({}))
+                });
                 // An operator that has gone away needs no answer.
-                let _ = answer.send(Ok(serde_json::json!({})));
-                return Ok(Turn::PeerLost("an operator asked for a failover".into()));
+                let _ = answer.send(reply.map_err(|error| format!("{error:#}")));
             }
             Event::Operator(request, answer) => {
                 let reply = match request {

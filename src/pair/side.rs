@@ -21,7 +21,7 @@ use super::operator::Request;
 use super::status::{Failover, Shared};
 use super::{alone, operator, primary, secondary};
 use crate::config::Config;
-use crate::failover::{Arbiter, Heartbeat, open_arbiter};
+use crate::failover::{Arbiter, ArbiterError, Heartbeat, open_arbiter};
 use crate::link::{Channel, Hello, PROTOCOL_VERSION};
 use crate::vm::Vm;
 use crate::vm::qemu::{Disk, Nic, QemuConfig, QemuVm};
@@ -294,35 +294,43 @@ impl Side {
         })
     }
 
-    /// The peer is lost. Claims the next generation; `None` means that this side has it and goes on.
+    /// The peer is lost, and the back ends are detached. Claims the next generation; `None` means that this side has it and goes on.
     fn decide(&mut self, reason: &str) -> anyhow::Result<Option<End>> {
         let began = Instant::now();
         let us = || began.elapsed().as_micros() as u64;
         self.status.set("deciding", format!("the peer is lost: {reason}"));
-        self.backends.detach()?;
-        let generation = self.generation + 1;
-        let winner = self.claim(generation)?;
+        let winner = self.claim_next_at_last()?;
         let claimed_us = us();
-        self.generation = generation;
-        self.status.lock().generation = generation;
+        self.generation += 1;
+        self.status.lock().generation = self.generation;
         if winner != self.node {
             self.backends.silence()?;
             // The VM is stopped for good with QEMU at the end of this process; stop it now all the same.
             self.vm.pause()?;
-            return Ok(Some(End::Lost(format!("node {winner} has generation {generation}; {reason}"))));
+            return Ok(Some(End::Lost(format!(
+                "node {winner} has generation {}; {reason}",
+                self.generation
+            ))));
         }
         self.backends.take_over()?;
         self.vm.resume()?;
         self.status.lock().failover =
             Some(Failover { reason: reason.to_owned(), claimed_us, serving_us: us() });
-        self.status.set("alone", format!("with generation {generation}, since the peer is lost: {reason}"));
+        self.status
+            .set("alone", format!("with generation {}, since the peer is lost: {reason}", self.generation));
         Ok(None)
     }
 
-    fn claim(&mut self, generation: u64) -> anyhow::Result<String> {
+    /// Claims the generation after the one that this side knows. Returns the node that has it.
+    pub(super) fn claim_next(&self) -> Result<String, ArbiterError> {
+        self.arbiter.claim(&self.config.vm.name, self.generation + 1, &self.node)
+    }
+
+    /// The same, until the arbiter answers.
+    fn claim_next_at_last(&mut self) -> anyhow::Result<String> {
         let mut told = false;
         loop {
-            match self.arbiter.claim(&self.config.vm.name, generation, &self.node) {
+            match self.claim_next() {
                 Ok(winner) => return Ok(winner),
                 Err(error) if !told => {
                     tracing::error!("{error}; this side stays silent and asks again");
