@@ -28,6 +28,10 @@ pub(super) struct Flow {
     pub(super) protocol: Protocol,
     /// The PVM's packets that wait, in order.
     pub(super) held: VecDeque<Order>,
+    /// Those that repeat what is settled and wait for the SVM's acknowledgment only, in order.
+    pub(super) repeats: VecDeque<Order>,
+    /// A connection of the PVM begins among `held`: what comes later belongs to it.
+    pub(super) begins: bool,
     /// The streams differ: nothing leaves before the next commit.
     pub(super) stuck: bool,
     /// It has had a packet in this epoch.
@@ -36,9 +40,9 @@ pub(super) struct Flow {
 }
 
 impl Flow {
-    /// Whether nothing is before the next packet of the PVM.
+    /// Whether nothing is held.
     pub(super) fn is_free(&self) -> bool {
-        self.held.is_empty() && !self.stuck
+        self.held.is_empty() && self.repeats.is_empty() && !self.stuck
     }
 
     /// About how much memory the SVM's output takes here.
@@ -100,6 +104,8 @@ impl Flows {
                 Protocol::Messages(Messages::new(key))
             },
             held: VecDeque::new(),
+            repeats: VecDeque::new(),
+            begins: false,
             stuck: false,
             touched: false,
             last_us: now_us,

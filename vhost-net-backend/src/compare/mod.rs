@@ -81,6 +81,13 @@ pub struct Compare {
     stats: CompareStats,
 }
 
+/// In which of its flow's queues a packet waits.
+#[derive(Clone, Copy, Debug)]
+enum Lane {
+    InOrder,
+    Repeats,
+}
+
 const NORMAL: usize = 0;
 const PATIENT: usize = 1;
 const DISPUTED: usize = 2;
@@ -106,30 +113,38 @@ impl Compare {
         let key = packet.flow_from_guest(frame);
         self.stats.pvm_packets += 1;
         if self.suspended {
-            self.hold(key, frame, packet, false, now_us, actions);
+            self.hold(key, frame, packet, (false, Lane::InOrder), now_us, actions);
             return;
         }
         let flow = self.flows.get(&key, now_us);
-        let free = flow.is_free();
         let before = flow.cost();
-        let (mut leaves, mut matched, mut difference) = (false, false, None);
+        let (mut leaves, mut matched, mut repeats, mut difference) = (false, false, false, None);
         match (&mut flow.protocol, &packet.kind) {
-            (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) if free => match tcp.judge(segment, frame) {
-                Verdict::Release => {
-                    tcp.passed(segment, frame);
-                    leaves = true;
+            (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) if !flow.stuck => {
+                repeats = !flow.begins && tcp.repeats(segment);
+                flow.begins |= tcp.begins(segment);
+                let first = if repeats { flow.repeats.is_empty() } else { flow.held.is_empty() };
+                let waits_its_turn = tcp.begins(segment) && !flow.repeats.is_empty();
+                if first && !waits_its_turn {
+                    match tcp.judge(segment, frame) {
+                        Verdict::Release => {
+                            tcp.passed(segment, frame);
+                            leaves = true;
+                        }
+                        Verdict::Wait(_) => {}
+                        Verdict::Differ(what) => difference = Some(what),
+                    }
                 }
-                Verdict::Wait(_) => {}
-                Verdict::Differ(what) => difference = Some(what),
-            },
+            }
             (Protocol::Tcp(_), _) => {}
             (Protocol::Messages(messages), _) => {
                 matched = messages.take(essence(&packet, frame));
-                leaves = matched && (free || !messages.ordered);
+                leaves = matched && (flow.held.is_empty() || !messages.ordered);
             }
         }
         self.svm_bytes = self.svm_bytes + flow.cost() - before;
         if leaves {
+            flow.begins &= !flow.held.is_empty();
             leave(&mut flow.protocol, &packet, frame, self.limits.clamp_windows, actions);
             self.stats.released_at_once += 1;
             return;
@@ -138,7 +153,8 @@ impl Compare {
             flow.stuck = true;
             self.mismatch(&key, &describe(difference), actions);
         }
-        self.hold(key, frame, packet, matched, now_us, actions);
+        let lane = if repeats { Lane::Repeats } else { Lane::InOrder };
+        self.hold(key, frame, packet, (matched, lane), now_us, actions);
     }
 
     fn hold(
@@ -146,7 +162,7 @@ impl Compare {
         key: FlowKey,
         frame: &[u8],
         packet: Packet,
-        matched: bool,
+        (matched, lane): (bool, Lane),
         now_us: u64,
         actions: &mut Actions,
     ) {
@@ -158,7 +174,10 @@ impl Compare {
         };
         let frame = self.held.copy_of(frame);
         let order = self.held.push(HeldPacket { flow: key, packet, frame, since_us: now_us, matched });
-        flow.held.push_back(order);
+        match lane {
+            Lane::InOrder => flow.held.push_back(order),
+            Lane::Repeats => flow.repeats.push_back(order),
+        }
         let (class, limit) =
             if patient { (PATIENT, self.limits.patient_us_max) } else { (NORMAL, self.limits.held_us_max) };
         if !self.wanted {
@@ -239,33 +258,51 @@ impl Compare {
     /// Releases what of a TCP flow may leave now.
     fn advance_tcp(&mut self, key: &FlowKey, now_us: u64, actions: &mut Actions) {
         let flow = self.flows.get(key, now_us);
-        while let (false, Some(order)) = (flow.stuck, flow.held.front().copied()) {
-            let before = flow.cost();
-            let (Some(held), Protocol::Tcp(tcp)) = (self.held.get(order), &mut flow.protocol) else {
-                return;
-            };
-            let Kind::Tcp { segment, .. } = &held.packet.kind else {
-                return;
-            };
-            let verdict = tcp.judge(segment, &held.frame);
-            if verdict == Verdict::Release {
-                tcp.passed(segment, &held.frame);
-                flow.held.pop_front();
-                if let Some(held) = self.held.remove(order) {
-                    let clamp = self.limits.clamp_windows;
-                    leave(&mut flow.protocol, &held.packet, &held.frame, clamp, actions);
-                    self.stats.released_after_wait(now_us.saturating_sub(held.since_us));
-                    self.held.recycle(held);
-                }
-            }
-            self.svm_bytes = self.svm_bytes + flow.cost() - before;
-            match verdict {
-                Verdict::Release => {}
-                Verdict::Wait(_) => return,
-                Verdict::Differ(difference) => {
-                    flow.stuck = true;
-                    self.mismatch(key, &describe(difference), actions);
+        for lane in [Lane::Repeats, Lane::InOrder] {
+            loop {
+                let next = match lane {
+                    Lane::InOrder => flow.held.front(),
+                    Lane::Repeats => flow.repeats.front(),
+                };
+                let (false, Some(order)) = (flow.stuck, next.copied()) else {
+                    break;
+                };
+                let before = flow.cost();
+                let (Some(held), Protocol::Tcp(tcp)) = (self.held.get(order), &mut flow.protocol) else {
                     return;
+                };
+                let Kind::Tcp { segment, .. } = &held.packet.kind else {
+                    return;
+                };
+                let begins = tcp.begins(segment);
+                if begins && !flow.repeats.is_empty() {
+                    // they belong to the connection before
+                    break;
+                }
+                let verdict = tcp.judge(segment, &held.frame);
+                if verdict == Verdict::Release {
+                    tcp.passed(segment, &held.frame);
+                    match lane {
+                        Lane::InOrder => flow.held.pop_front(),
+                        Lane::Repeats => flow.repeats.pop_front(),
+                    };
+                    flow.begins &= !flow.held.is_empty();
+                    if let Some(held) = self.held.remove(order) {
+                        let clamp = self.limits.clamp_windows;
+                        leave(&mut flow.protocol, &held.packet, &held.frame, clamp, actions);
+                        self.stats.released_after_wait(now_us.saturating_sub(held.since_us));
+                        self.held.recycle(held);
+                    }
+                }
+                self.svm_bytes = self.svm_bytes + flow.cost() - before;
+                match verdict {
+                    Verdict::Release => {}
+                    Verdict::Wait(_) => break,
+                    Verdict::Differ(difference) => {
+                        flow.stuck = true;
+                        self.mismatch(key, &describe(difference), actions);
+                        return;
+                    }
                 }
             }
         }
@@ -336,6 +373,8 @@ impl Compare {
         while let Some(packet) = self.held.pop() {
             let flow = self.flows.get(&packet.flow, now_us);
             flow.held.clear();
+            flow.repeats.clear();
+            flow.begins = false;
             if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (&mut flow.protocol, &packet.packet.kind)
             {
                 tcp.passed(segment, &packet.frame);
@@ -413,7 +452,10 @@ impl Compare {
         let (key, waited_us) = (held.flow, now_us.saturating_sub(held.since_us));
         let flow = self.flows.get(&key, now_us);
         let before = flow.cost();
-        let first = flow.held.front().and_then(|order| self.held.get(*order)).unwrap_or(held);
+        let first = match flow.held.front() {
+            Some(first) if !flow.repeats.contains(&order) => self.held.get(*first).unwrap_or(held),
+            _ => held,
+        };
         let mut what = "the SVM's datagram".to_owned();
         let mut differs = None;
         match (&mut flow.protocol, &first.packet.kind) {

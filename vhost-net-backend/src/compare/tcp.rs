@@ -216,12 +216,30 @@ impl TcpFlow {
         }
     }
 
-    /// Whether this segment of the PVM may leave. All that the PVM sent on this flow before has left.
+    /// Whether the segment begins a connection that is not the present one.
+    pub(super) fn begins(&self, segment: &Segment) -> bool {
+        segment.flags.has(Flags::SYN) && !segment.flags.has(Flags::RST) && self.isn != Some(segment.seq)
+    }
+
+    /// Whether the segment says nothing but what is settled, so that it need not wait for what the PVM sent before it:
+    /// a retransmission, an acknowledgment. It must not: both VMs may have to hear from the client before they go on.
+    pub(super) fn repeats(&mut self, segment: &Segment) -> bool {
+        if segment.flags.has(Flags::RST) || self.begins(segment) {
+            return false;
+        }
+        let start = self.svm.anchor.place(data_seq(segment));
+        let end = start + segment.payload.len() as u64;
+        self.settled.first_gap(start, end).is_none()
+            && (!segment.flags.has(Flags::FIN) || self.fin == Some(end))
+    }
+
+    /// Whether this segment of the PVM may leave. All that the PVM sent on this flow before has left, or the segment
+    /// [repeats](TcpFlow::repeats).
     pub(super) fn judge(&mut self, segment: &Segment, frame: &[u8]) -> Verdict {
         if segment.flags.has(Flags::RST) {
             return self.judge_reset(segment);
         }
-        if segment.flags.has(Flags::SYN) && self.isn != Some(segment.seq) {
+        if self.begins(segment) {
             return self.judge_syn(segment, frame);
         }
         if let Err(verdict) = self.judge_data(segment, frame) {
@@ -357,7 +375,7 @@ impl TcpFlow {
             self.reset |= !is_refusal(segment);
             return;
         }
-        if flags.has(Flags::SYN) && self.isn != Some(segment.seq) {
+        if self.begins(segment) {
             self.adopt(segment, frame);
         }
         let start = self.svm.anchor.place(data_seq(segment));

@@ -2,12 +2,15 @@
 
 use super::closing::Closing;
 use crate::compare::is_refusal;
-use crate::packet::{Flags, Segment, checksum, edge_positions};
+use crate::packet::{Flags, Segment, be32, checksum, edge_positions};
 
 /// Where in a TCP header the numbers and the checksum stand.
 const SEQ_AT: usize = 4;
 const ACK_AT: usize = 8;
 const CHECKSUM_AT: usize = 16;
+
+/// Edges of as many SACK blocks as 40 bytes of options can hold.
+const SACK_EDGES_MAX: usize = 8;
 
 /// How one VM's end of a connection began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +39,27 @@ pub(super) struct Connection {
     /// Packets of the SVM that wait for the PVM's SYN.
     pub(super) held: Vec<Vec<u8>>,
     pub(super) closing: Closing,
+    clocks: Clocks,
     pub(super) last_us: u64,
+}
+
+/// How far each end knows the guest's clock. The shift of the timestamps is exact for the first SYN only: later packets
+/// of the two VMs are not sent at the same time.
+#[derive(Debug, Default)]
+struct Clocks {
+    /// The last TSval of the SVM. A guest may reject an echo of what it has not sent.
+    svm: Option<u32>,
+    /// The last TSval of the guest that the client has echoed. A client rejects an older one (RFC 7323 §5.3).
+    echoed: Option<u32>,
+}
+
+/// Moves `seen` on to `value` if that is ahead, and returns it.
+fn raise(seen: &mut Option<u32>, value: u32) -> u32 {
+    let seen = seen.get_or_insert(value);
+    if value.wrapping_sub(*seen).cast_signed() > 0 {
+        *seen = value;
+    }
+    *seen
 }
 
 impl Connection {
@@ -93,44 +116,55 @@ impl Connection {
     }
 }
 
-fn add(frame: &mut [u8], segment: &Segment, at: usize, number: u32) {
-    if let Some(old) = frame.get(at..).and_then(|rest| rest.first_chunk::<4>()) {
-        let new = u32::from_be_bytes(*old).wrapping_add(number).to_be_bytes();
-        checksum::replace(frame, segment.at + CHECKSUM_AT, segment.at, at, &new);
-    }
+fn set(frame: &mut [u8], segment: &Segment, at: usize, number: u32) {
+    checksum::replace(frame, segment.at + CHECKSUM_AT, segment.at, at, &number.to_be_bytes());
 }
 
-impl Shift {
+impl Connection {
     /// Puts a packet of the SVM into the PVM's space.
-    pub(super) fn outbound(self, segment: &Segment, frame: &mut [u8]) {
+    pub(super) fn outbound(&mut self, shift: Shift, segment: &Segment, frame: &mut [u8]) {
+        self.closing.outbound(segment);
         if is_refusal(segment) {
             // its zero is no position of any stream
             return;
         }
-        if let (Some(timestamps), true) = (segment.timestamps(frame), self.timestamp != 0) {
-            add(frame, segment, timestamps.at, self.timestamp.wrapping_neg());
+        if let Some(timestamps) = segment.timestamps(frame) {
+            raise(&mut self.clocks.svm, timestamps.value);
+            let mut value = timestamps.value.wrapping_sub(shift.timestamp);
+            if let Some(echoed) = self.clocks.echoed {
+                value = raise(&mut Some(echoed), value);
+            }
+            set(frame, segment, timestamps.at, value);
         }
-        if self.seq != 0 {
-            add(frame, segment, segment.at + SEQ_AT, self.seq.wrapping_neg());
-        }
+        set(frame, segment, segment.at + SEQ_AT, segment.seq.wrapping_sub(shift.seq));
     }
 
     /// Puts a packet for the guest into the SVM's space. Without ACK it has nothing to do with what the guest sent.
-    pub(super) fn inbound(self, segment: &Segment, frame: &mut [u8]) {
+    pub(super) fn inbound(&mut self, shift: Shift, segment: &Segment, frame: &mut [u8]) {
+        self.closing.inbound(segment, shift.seq);
         if !segment.flags.has(Flags::ACK) {
             return;
         }
-        if let (Some(timestamps), true) = (segment.timestamps(frame), self.timestamp != 0) {
-            add(frame, segment, timestamps.at + 4, self.timestamp);
+        if let Some(timestamps) = segment.timestamps(frame) {
+            raise(&mut self.clocks.echoed, timestamps.echo);
+            let mut echo = timestamps.echo.wrapping_add(shift.timestamp);
+            if let Some(last) = self.clocks.svm
+                && raise(&mut Some(last), echo) == echo
+            {
+                echo = last;
+            }
+            set(frame, segment, timestamps.at + 4, echo);
         }
-        if self.seq != 0 {
-            add(frame, segment, segment.at + ACK_AT, self.seq);
-            for edge in 0.. {
-                // one at a time: the iterator reads the frame that is being changed
-                let Some(at) = edge_positions(segment, frame).nth(edge) else {
-                    break;
-                };
-                add(frame, segment, at, self.seq);
+        set(frame, segment, segment.at + ACK_AT, segment.ack.wrapping_add(shift.seq));
+        let mut edges = [0; SACK_EDGES_MAX];
+        let mut count = 0;
+        for (place, at) in edges.iter_mut().zip(edge_positions(segment, frame)) {
+            *place = at;
+            count += 1;
+        }
+        for at in &edges[..count] {
+            if let Some(edge) = be32(frame, *at) {
+                set(frame, segment, *at, edge.wrapping_add(shift.seq));
             }
         }
     }

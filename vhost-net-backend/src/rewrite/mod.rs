@@ -115,8 +115,7 @@ impl Rewriter {
         {
             connection.last_us = now_us;
             if let Some(shift) = connection.shift_in_use() {
-                shift.inbound(segment, frame);
-                connection.closing.inbound(segment, shift.seq);
+                connection.inbound(shift, segment, frame);
                 self.stats.rewritten_in += 1;
             }
         }
@@ -140,8 +139,7 @@ impl Rewriter {
         connection.last_us = now_us;
         if let Some(shift) = connection.shift_in_use() {
             let frame = exit.send(frame, actions);
-            shift.outbound(segment, frame);
-            connection.closing.outbound(segment);
+            connection.outbound(shift, segment, frame);
             self.stats.rewritten_out += 1;
         } else if connection.waits_for_pvm() {
             if self.stats.held_bytes + frame.len() <= self.limits.held_bytes_max {
@@ -200,14 +198,13 @@ impl Rewriter {
         let Some(shift) = connection.shift() else {
             return;
         };
-        for frame in connection.held.drain(..) {
+        for frame in std::mem::take(&mut connection.held) {
             self.stats.held_bytes -= frame.len();
             self.stats.rewritten_out += 1;
             let packet = Packet::parse(&frame);
             let frame = exit.send(&frame, actions);
             if let Kind::Tcp { segment, .. } = &packet.kind {
-                shift.outbound(segment, frame);
-                connection.closing.outbound(segment);
+                connection.outbound(shift, segment, frame);
             }
         }
     }
