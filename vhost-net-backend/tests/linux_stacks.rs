@@ -1,0 +1,352 @@
+//! Two Linux TCP stacks as PVM and SVM, a third as the client, and the proxy between them: what real stacks send is
+//! found to be the same without a checkpoint, and the client's connections go on when the first one dies.
+//!
+//! Each stack is a network namespace of one thread with a tap in it. Needs root and `ip`; skipped otherwise.
+
+#![expect(unsafe_code, reason = "unshare of a network namespace has no safe wrapper")]
+
+use std::collections::VecDeque;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{JoinHandle, spawn};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+use vhost_net_backend::compare::CompareStats;
+use vhost_net_backend::proxy::{Action, Actions, Config, Primary, Secondary};
+use vhost_net_backend::tap::Tap;
+
+const GUEST: &str = "10.0.0.9";
+const CLIENT: &str = "10.0.0.1";
+const ECHO: u16 = 7;
+const SOURCE: u16 = 19;
+/// Where the client listens for the guest, and the guest's port for that.
+const REVERSE: u16 = 7000;
+const REVERSE_FROM: u16 = 7001;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Runs `work` on a thread with a network of its own, whose only way out is the tap that is returned.
+fn stack<T: Send + 'static>(
+    address: &'static str,
+    mac: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<(Tap, JoinHandle<T>)> {
+    let (made, tap) = channel();
+    let thread = spawn(move || {
+        // SAFETY: only this thread moves to a new network namespace, which shares nothing with others.
+        if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
+            drop(made);
+            return None;
+        }
+        let ip = |arguments: &str| {
+            let done = Command::new("ip").args(arguments.split(' ')).status();
+            assert!(done.is_ok_and(|status| status.success()), "ip {arguments}");
+        };
+        std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
+        let tap = Tap::open("eth0").unwrap();
+        ip(&format!("link set eth0 address {mac}"));
+        ip(&format!("addr add {address}/24 dev eth0"));
+        made.send(tap).unwrap();
+        Some(work())
+    });
+    let tap = tap.recv().ok()?;
+    Some((tap, spawn(move || thread.join().unwrap().unwrap())))
+}
+
+/// What a guest runs: an echo, a source of bytes, and a connection that it opens itself.
+fn guest() {
+    let serve = |port, session: fn(TcpStream) -> std::io::Result<()>| {
+        let listener = TcpListener::bind(("0.0.0.0", port)).unwrap();
+        spawn(move || {
+            for stream in listener.incoming() {
+                let stream = stream.unwrap();
+                // a session ends when its client does, or with the stack
+                spawn(move || drop(session(stream)));
+            }
+        });
+    };
+    serve(ECHO, echo);
+    serve(SOURCE, source);
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    let address = |host: &str, port| SocketAddr::new(host.parse().unwrap(), port);
+    bind(&socket, &address(GUEST, REVERSE_FROM)).unwrap();
+    connect(&socket, &address(CLIENT, REVERSE)).unwrap();
+    drop(echo(TcpStream::from(socket)));
+}
+
+fn echo(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut buffer = vec![0; 50_000];
+    loop {
+        let bytes = stream.read(&mut buffer)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        stream.write_all(&buffer[..bytes])?;
+    }
+}
+
+/// Sends as many bytes as the eight that it reads first say.
+fn source(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut bytes = [0; 8];
+    stream.read_exact(&mut bytes)?;
+    stream.write_all(&pattern(u64::from_be_bytes(bytes) as usize))
+}
+
+fn pattern(bytes: usize) -> Vec<u8> {
+    (0..bytes as u64).map(|at| (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
+}
+
+fn open(port: u16) -> TcpStream {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        // the guest may not be listening yet
+        match TcpStream::connect((GUEST, port)) {
+            Ok(stream) => {
+                stream.set_read_timeout(Some(LIMIT)).unwrap();
+                stream.set_nodelay(true).unwrap();
+                return stream;
+            }
+            Err(error) => assert!(Instant::now() < deadline, "{error}"),
+        }
+    }
+}
+
+fn say(stream: &mut TcpStream, bytes: &[u8]) {
+    let mut writer = stream.try_clone().unwrap();
+    let sent = bytes.to_vec();
+    let writing = spawn(move || writer.write_all(&sent).unwrap());
+    let mut got = vec![0; bytes.len()];
+    stream.read_exact(&mut got).unwrap();
+    writing.join().unwrap();
+    assert!(got == bytes, "other bytes came back");
+}
+
+/// What the client does; it says when it wants the primary dead, and waits for that.
+fn client(rounds: usize, kill: &Sender<()>, killed: &Receiver<()>) {
+    let listener = TcpListener::bind((CLIENT, REVERSE)).unwrap();
+    let mut streams = vec![listener.accept().unwrap().0];
+    streams[0].set_read_timeout(Some(LIMIT)).unwrap();
+    for _ in 0..5 {
+        streams.push(open(ECHO));
+    }
+    for round in 0..rounds {
+        for stream in &mut streams {
+            say(stream, format!("round {round}").as_bytes());
+        }
+    }
+    say(&mut streams[1], &pattern(rounds * 15_000));
+    let mut download = open(SOURCE);
+    let bytes = rounds * 20_000;
+    download.write_all(&(bytes as u64).to_be_bytes()).unwrap();
+    let mut got = Vec::new();
+    download.read_to_end(&mut got).unwrap();
+    assert!(got == pattern(bytes));
+    drop(download);
+    for _ in 0..rounds / 4 {
+        say(&mut open(ECHO), b"and goodbye");
+    }
+    kill.send(()).unwrap();
+    killed.recv().unwrap();
+    let stalled = Instant::now();
+    for stream in &mut streams {
+        say(stream, b"after the failover");
+    }
+    println!("first answers after {} ms", stalled.elapsed().as_millis());
+    say(&mut streams[2], &pattern(rounds * 5_000));
+    say(&mut open(ECHO), b"a new one");
+}
+
+/// What befalls packets.
+#[derive(Clone, Copy, Debug)]
+struct Weather {
+    /// One of so many is lost between client and guest, in either direction.
+    lost_one_of: Option<u64>,
+    /// How long a frame is under way between the hosts, each way.
+    link_us: u64,
+    /// How long the SVM is not served at times.
+    svm_naps_us: u64,
+    random: u64,
+}
+
+impl Weather {
+    /// xorshift: the same weather each time.
+    fn below(&mut self, limit: u64) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random % limit
+    }
+
+    fn loses(&mut self) -> bool {
+        self.lost_one_of.is_some_and(|of| self.below(of) == 0)
+    }
+}
+
+/// The two halves and the wires between them.
+struct World {
+    primary: Option<Primary>,
+    secondary: Secondary,
+    pvm: Tap,
+    svm: Tap,
+    lan: Tap,
+    /// To the primary or not, due when, and what.
+    link: VecDeque<(bool, u64, u16, u64, Vec<u8>)>,
+    weather: Weather,
+    svm_sleeps_until_us: u64,
+    wanted: Vec<String>,
+    actions: Actions,
+    origin: Instant,
+}
+
+impl World {
+    fn now_us(&self) -> u64 {
+        self.origin.elapsed().as_micros() as u64
+    }
+
+    fn carry_out(&mut self, of_primary: bool) {
+        let mut actions = std::mem::take(&mut self.actions);
+        for action in actions.iter() {
+            match action {
+                Action::ToLan(frame) => {
+                    if !self.weather.loses() {
+                        self.lan.write(frame);
+                    }
+                }
+                Action::ToGuest(frame) => {
+                    let tap = if of_primary { &self.pvm } else { &self.svm };
+                    tap.write(frame);
+                }
+                Action::ToPeer { kind, epoch, payload } => {
+                    let due_us = self.now_us() + self.weather.link_us;
+                    self.link.push_back((!of_primary, due_us, kind, epoch, payload.to_vec()));
+                }
+                Action::CheckpointWanted { cause, detail } => {
+                    self.wanted.push(format!("{}: {detail}", cause.as_str()));
+                }
+                Action::MarkerArrived { .. } => unreachable!(),
+            }
+        }
+        actions.clear();
+        self.actions = actions;
+    }
+
+    /// One pass over everything.
+    fn turn(&mut self) {
+        let now_us = self.now_us();
+        let mut frame = vec![0; 70_000];
+        while let Ok(Some(bytes)) = self.lan.read(&mut frame) {
+            if self.weather.loses() {
+                continue;
+            }
+            match &mut self.primary {
+                Some(primary) => primary.lan_input(&frame[..bytes], now_us, &mut self.actions),
+                None => self.secondary.lan_input(&frame[..bytes], now_us, &mut self.actions),
+            }
+            self.carry_out(self.primary.is_some());
+        }
+        if let Some(primary) = &mut self.primary {
+            while let Ok(Some(bytes)) = self.pvm.read(&mut frame) {
+                primary.guest_output(&frame[..bytes], now_us, &mut self.actions);
+            }
+            primary.tick(now_us, &mut self.actions);
+            self.carry_out(true);
+        }
+        if self.svm_sleeps_until_us <= now_us && self.weather.svm_naps_us > 0 && self.weather.below(50) == 0 {
+            self.svm_sleeps_until_us = now_us + self.weather.below(self.weather.svm_naps_us);
+        }
+        while self.svm_sleeps_until_us <= now_us
+            && let Ok(Some(bytes)) = self.svm.read(&mut frame)
+        {
+            self.secondary.guest_output(&frame[..bytes], now_us, &mut self.actions);
+        }
+        self.secondary.tick(now_us, &mut self.actions);
+        self.carry_out(false);
+        while self.link.front().is_some_and(|frame| frame.1 <= now_us)
+            && let Some((to_primary, _, kind, epoch, payload)) = self.link.pop_front()
+        {
+            if !to_primary {
+                self.secondary.peer_frame(kind, epoch, &payload, now_us, &mut self.actions).unwrap();
+            } else if let Some(primary) = &mut self.primary {
+                primary.peer_frame(kind, epoch, &payload, now_us, &mut self.actions).unwrap();
+            }
+            self.carry_out(to_primary);
+        }
+    }
+
+    fn wait(&self) {
+        let mut fds = [&self.pvm, &self.svm, &self.lan].map(|tap| PollFd::new(tap, PollFlags::IN));
+        let limit = Timespec { tv_sec: 0, tv_nsec: if self.link.is_empty() { 5_000_000 } else { 200_000 } };
+        // a dead VM's tap is not looked at
+        let first = usize::from(self.primary.is_none());
+        poll(&mut fds[first..], Some(&limit)).unwrap();
+    }
+}
+
+fn play(rounds: usize, weather: Weather) -> Option<CompareStats> {
+    let mac = "02:00:00:00:00:09";
+    let Some((pvm, _)) = stack(GUEST, mac, guest) else {
+        eprintln!("skipped: network namespaces need root");
+        return None;
+    };
+    let (svm, _) = stack(GUEST, mac, guest).unwrap();
+    let (kill, wants_kill) = channel();
+    let (is_killed, killed) = channel();
+    let (lan, client) = stack(CLIENT, "02:00:00:00:00:01", move || client(rounds, &kill, &killed)).unwrap();
+    let mut config = Config::default();
+    // a busy machine may keep one stack waiting; what waits for something that never comes waits longer still
+    config.compare.held_us_max = 1_000_000;
+    config.compare.patient_us_max = 1_000_000;
+    let mut world = World {
+        primary: Some(Primary::new(&config, 1, 0)),
+        secondary: Secondary::new(&config, 1, 0),
+        pvm,
+        svm,
+        lan,
+        link: VecDeque::new(),
+        weather,
+        svm_sleeps_until_us: 0,
+        wanted: Vec::new(),
+        actions: Actions::new(),
+        origin: Instant::now(),
+    };
+    let mut compared: Option<CompareStats> = None;
+    while !client.is_finished() {
+        world.turn();
+        assert!(world.wanted.is_empty(), "{:?}", world.wanted);
+        if wants_kill.try_recv().is_ok() {
+            compared = world.primary.take().map(|primary| primary.stats().compare);
+            world.secondary.take_over(world.now_us(), &mut world.actions);
+            world.carry_out(false);
+            is_killed.send(()).unwrap();
+        }
+        world.wait();
+    }
+    client.join().unwrap();
+    assert!(world.secondary.stats().rewrite.rewritten_out > 0);
+    compared
+}
+
+const FAIR: Weather =
+    Weather { lost_one_of: None, link_us: 0, svm_naps_us: 0, random: 0x1234_5678_9abc_def1 };
+
+#[test]
+fn linux_says_the_same_twice_and_its_clients_survive() {
+    let Some(compared) = play(200, FAIR) else { return };
+    assert!(compared.released_by_match > 1000);
+}
+
+#[test]
+fn a_lagging_svm_costs_time_and_no_checkpoint() {
+    let Some(compared) = play(50, Weather { link_us: 500, svm_naps_us: 10_000, ..FAIR }) else { return };
+    assert!(compared.waited_us_max > 1000);
+}
+
+#[test]
+fn a_client_that_loses_packets_gets_them_again() {
+    let Some(compared) = play(30, Weather { lost_one_of: Some(50), link_us: 200, ..FAIR }) else { return };
+    assert!(compared.released_at_once > 0, "retransmissions do not wait");
+}
