@@ -400,7 +400,7 @@ fn linux_says_the_same_twice_and_its_clients_survive() {
 #[test]
 fn a_lagging_svm_costs_time_and_no_checkpoint() {
     let Some(compared) = play(Weather { link_us: 500, svm_naps_us: 10_000, ..FAIR }, |kill, killed| {
-        sequence(50, kill, killed)
+        sequence(50, kill, killed);
     }) else {
         return;
     };
@@ -410,7 +410,7 @@ fn a_lagging_svm_costs_time_and_no_checkpoint() {
 #[test]
 fn a_client_that_loses_packets_gets_them_again() {
     let Some(compared) = play(Weather { lost_one_of: Some(50), link_us: 200, ..FAIR }, |kill, killed| {
-        sequence(30, kill, killed)
+        sequence(30, kill, killed);
     }) else {
         return;
     };
