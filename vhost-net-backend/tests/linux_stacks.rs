@@ -75,10 +75,8 @@ fn guest() {
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
     let address = |host: &str, port| SocketAddr::new(host.parse().unwrap(), port);
     bind(&socket, &address(GUEST, REVERSE_FROM)).unwrap();
-    // not every client listens
-    if connect(&socket, &address(CLIENT, REVERSE)).is_ok() {
-        drop(echo(TcpStream::from(socket)));
-    }
+    connect(&socket, &address(CLIENT, REVERSE)).unwrap();
+    drop(echo(TcpStream::from(socket)));
 }
 
 fn echo(mut stream: TcpStream) -> std::io::Result<()> {
@@ -130,8 +128,7 @@ fn say(stream: &mut TcpStream, bytes: &[u8]) {
 }
 
 /// What the client does; it says when it wants the primary dead, and waits for that.
-fn sequence(rounds: usize, kill: &Sender<()>, killed: &Receiver<()>) {
-    let listener = TcpListener::bind((CLIENT, REVERSE)).unwrap();
+fn sequence(rounds: usize, listener: &TcpListener, kill: &Sender<()>, killed: &Receiver<()>) {
     let mut streams = vec![listener.accept().unwrap().0];
     streams[0].set_read_timeout(Some(LIMIT)).unwrap();
     for _ in 0..5 {
@@ -335,17 +332,25 @@ impl World {
 
 fn play(
     weather: Weather,
-    client: impl FnOnce(&Sender<()>, &Receiver<()>) + Send + 'static,
+    client: impl FnOnce(&TcpListener, &Sender<()>, &Receiver<()>) + Send + 'static,
 ) -> Option<CompareStats> {
-    let mac = "02:00:00:00:00:09";
-    let Some((pvm, _)) = stack(GUEST, mac, guest) else {
+    let (kill, wants_kill) = channel();
+    let (is_killed, killed) = channel();
+    let (listens, listening) = channel();
+    let client = stack(CLIENT, "02:00:00:00:00:01", move || {
+        let listener = TcpListener::bind((CLIENT, REVERSE)).unwrap();
+        listens.send(()).unwrap();
+        client(&listener, &kill, &killed);
+    });
+    let Some((lan, client)) = client else {
         eprintln!("skipped: network namespaces need root");
         return None;
     };
+    // the guests connect once, and both are to find it there
+    listening.recv().unwrap();
+    let mac = "02:00:00:00:00:09";
+    let (pvm, _) = stack(GUEST, mac, guest).unwrap();
     let (svm, _) = stack(GUEST, mac, guest).unwrap();
-    let (kill, wants_kill) = channel();
-    let (is_killed, killed) = channel();
-    let (lan, client) = stack(CLIENT, "02:00:00:00:00:01", move || client(&kill, &killed)).unwrap();
     let mut config = Config::default();
     // a busy machine may keep one stack waiting; what waits for something that never comes waits longer still
     config.compare.held_us_max = 1_000_000;
@@ -366,6 +371,7 @@ fn play(
     let mut compared: Option<CompareStats> = None;
     while !client.is_finished() {
         world.turn();
+        assert!(world.now_us() < 60_000_000, "the client waits for something that does not come");
         assert!(world.wanted.is_empty(), "{:?}", world.wanted);
         if wants_kill.try_recv().is_ok() {
             // what the dead host had put on the wire arrives up to some point, what was for it does not
@@ -393,15 +399,19 @@ const FAIR: Weather =
 
 #[test]
 fn linux_says_the_same_twice_and_its_clients_survive() {
-    let Some(compared) = play(FAIR, |kill, killed| sequence(200, kill, killed)) else { return };
+    let Some(compared) = play(FAIR, |listener, kill, killed| sequence(200, listener, kill, killed)) else {
+        return;
+    };
     assert!(compared.released_by_match > 1000);
 }
 
 #[test]
 fn a_lagging_svm_costs_time_and_no_checkpoint() {
-    let Some(compared) = play(Weather { link_us: 500, svm_naps_us: 10_000, ..FAIR }, |kill, killed| {
-        sequence(50, kill, killed);
-    }) else {
+    let Some(compared) =
+        play(Weather { link_us: 500, svm_naps_us: 10_000, ..FAIR }, |listener, kill, killed| {
+            sequence(50, listener, kill, killed);
+        })
+    else {
         return;
     };
     assert!(compared.waited_us_max > 1000);
@@ -409,9 +419,11 @@ fn a_lagging_svm_costs_time_and_no_checkpoint() {
 
 #[test]
 fn a_client_that_loses_packets_gets_them_again() {
-    let Some(compared) = play(Weather { lost_one_of: Some(50), link_us: 200, ..FAIR }, |kill, killed| {
-        sequence(30, kill, killed);
-    }) else {
+    let Some(compared) =
+        play(Weather { lost_one_of: Some(50), link_us: 200, ..FAIR }, |listener, kill, killed| {
+            sequence(30, listener, kill, killed);
+        })
+    else {
         return;
     };
     assert!(compared.released_at_once > 0, "retransmissions do not wait");
@@ -422,7 +434,7 @@ fn a_primary_that_dies_under_load_is_not_missed() {
     for (random, after_ms) in [(1, 20), (2, 50), (3, 100), (4, 200)] {
         let weather = Weather { link_us: 300, svm_naps_us: 3000, random, ..FAIR };
         let after = Duration::from_millis(after_ms);
-        if play(weather, move |kill, killed| turmoil(kill, killed, after)).is_none() {
+        if play(weather, move |_, kill, killed| turmoil(kill, killed, after)).is_none() {
             return;
         }
     }
