@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{BATCH_FRAMES, Mode, Worker};
 use crate::link::{Link, Received};
-use crate::protection::{Phase, Protection};
+use crate::protection::{Half, Phase, Protection};
 use crate::proxy::Action;
 
 /// Reads of a link that is given up, so that a peer that never stops sending does not keep us: 256 KiB each.
@@ -63,13 +63,15 @@ impl Worker {
         }
     }
 
-    /// Takes what the peer has sent so far: a secondary that goes on alone should know of all that reached the PVM.
+    /// Secondary: takes what the peer has sent so far, since a side that goes on alone should know of all that reached the
+    /// PVM. A primary must not: what the SVM said could release output that is the other side's to send by now (rule 3).
     fn hear_the_peer_out(&mut self) {
         for _ in 0..LAST_READS_MAX {
             let Mode::Protected(protection) = &mut self.mode else {
                 return;
             };
-            if protection.awaiting_commit || protection.phase != Phase::Paired {
+            let is_secondary = matches!(protection.half, Half::Secondary(_));
+            if !is_secondary || protection.awaiting_commit || protection.phase != Phase::Paired {
                 break;
             }
             let received = protection.link.as_mut().map(Link::fill);
