@@ -4,6 +4,30 @@ use std::fmt::Write;
 
 use serde_json::Value;
 
+/// What is told of the network back end: a name, and where it stands in its status. Each half has some of them.
+const NET: [(&str, &str); 9] = [
+    ("phase", "/pair/phase"),
+    ("packets mirrored", "/pair/proxy/mirrored_packets"),
+    ("compared", "/pair/proxy/compare/pvm_packets"),
+    ("released at once", "/pair/proxy/compare/released_at_once"),
+    ("released by a match", "/pair/proxy/compare/released_by_match"),
+    ("released by a checkpoint", "/pair/proxy/compare/released_by_commit"),
+    ("bytes held", "/pair/proxy/compare/held_bytes"),
+    ("connections rewritten", "/pair/proxy/rewrite/connections"),
+    ("packets of the SVM", "/pair/proxy/svm_packets"),
+];
+
+/// The same for the disk's.
+const BLOCK: [(&str, &str); 7] = [
+    ("role", "/role"),
+    ("reads", "/reads"),
+    ("writes", "/writes"),
+    ("flushes", "/flushes"),
+    ("writes forwarded", "/primary/forwarded_writes"),
+    ("writes applied", "/secondary/applied_writes"),
+    ("bytes buffered", "/secondary/buffer_bytes"),
+];
+
 /// The status as text.
 pub(crate) fn status(value: &Value) -> String {
     let text = |name: &str| value[name].as_str().unwrap_or("?").to_owned();
@@ -40,17 +64,24 @@ pub(crate) fn status(value: &Value) -> String {
             format!("serving after {} us, claimed after {} us", figure("serving_us"), figure("claimed_us")),
         );
     }
-    for device in ["net", "block"] {
-        if let Some(figures) = value[device].as_object() {
-            let figures: Vec<String> = figures
-                .iter()
-                .filter(|(_, value)| value.is_u64() || value.is_string())
-                .map(|(name, value)| {
-                    format!("{name} {}", value.as_str().map_or(value.to_string(), str::to_owned))
-                })
-                .collect();
-            line(device, figures.join(", "));
+    for (device, figures) in [("net", &NET[..]), ("block", &BLOCK[..])] {
+        let device_status = &value[device];
+        if let Some(error) = device_status["error"].as_str() {
+            line(device, error.to_owned());
         }
+        let told: Vec<String> = figures
+            .iter()
+            .filter_map(|(name, at)| {
+                let value = device_status.pointer(at).filter(|value| value.is_u64() || value.is_string())?;
+                Some(format!("{name} {}", value.as_str().map_or(value.to_string(), str::to_owned)))
+            })
+            .collect();
+        if !told.is_empty() {
+            line(device, told.join(", "));
+        }
+    }
+    if let Some(mismatch) = value.pointer("/net/pair/proxy/compare/last_mismatch").and_then(Value::as_str) {
+        line("last mismatch", mismatch.to_owned());
     }
     out
 }
@@ -80,11 +111,11 @@ mod tests {
         let full = serde_json::json!({
             "vm": "web", "node": "a", "peer": "b", "role": "primary", "state": "protected", "generation": 1, "epoch": 4,
             "checkpoints": {"by_cause": {"start": 1, "mismatch": 3}, "latest": [{"pause_us": 7, "pages": 9}]},
-            "net": {"mirrored_packets": 5}, "block": {"error": "gone"}, "failover": null,
+            "net": {"pair": {"proxy": {"mirrored_packets": 5, "compare": {"last_mismatch": "tcp"}}}}, "block": {"error": "gone"}, "failover": null,
         });
         let shown = status(&full);
         for part in
-            ["web", "primary: protected", "mismatch 3", "median 7 us", "mirrored_packets 5", "error gone"]
+            ["web", "primary: protected", "mismatch 3", "median 7 us", "packets mirrored 5", "gone", "tcp"]
         {
             assert!(shown.contains(part), "{shown}");
         }
