@@ -95,6 +95,10 @@ pub fn run(config: Config, options: &Options) -> anyhow::Result<End> {
     operator::serve(operator, status.clone(), sender.clone())?;
     forward_signals(sender.clone(), status.clone(), directory.clone())?;
 
+    let faults = crate::check::faults(&config, &options.node);
+    if !faults.is_empty() {
+        bail!("{}", faults.join("; "));
+    }
     let arbiter = open_arbiter(&config.arbiter).context(
         "Both hosts must see the directory arbiter.directory; create it, or correct the configuration",
     )?;
