@@ -46,7 +46,7 @@ pub enum Incoming {
 }
 
 /// The part of a checkpoint that is not pages.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Received {
     state: Vec<u8>,
     verify: bool,

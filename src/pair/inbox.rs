@@ -128,3 +128,93 @@ impl Inbox {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crossbeam_channel::{Sender, unbounded};
+
+    use super::*;
+    use crate::failover::LinkLoss;
+
+    fn inbox() -> (Sender<Event>, Inbox) {
+        let (sender, events) = unbounded();
+        (sender, Inbox::new(events))
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(50)
+    }
+
+    fn send(sender: &Sender<Event>, events: impl IntoIterator<Item = Event>) {
+        events.into_iter().for_each(|event| sender.send(event).unwrap());
+    }
+
+    fn whole(epoch: u64) -> Event {
+        Event::Incoming(Incoming::Complete { epoch, received: Received::default() })
+    }
+
+    fn marker(device: Device, epoch: u64) -> Event {
+        Event::Marker { device, epoch }
+    }
+
+    fn wanted() -> Event {
+        Event::Wanted { cause: "mismatch".into(), detail: String::new() }
+    }
+
+    #[test]
+    fn a_checkpoint_is_complete_when_all_four_parts_are_here_in_any_order() {
+        let parts = |epoch| [whole(epoch), marker(Device::Net, epoch), marker(Device::Block, epoch)];
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let (sender, mut inbox) = inbox();
+            let mut parts = parts(7).map(Some);
+            for (count, part) in order.into_iter().enumerate() {
+                if count < 2 {
+                    sender.send(parts[part].take().unwrap()).unwrap();
+                }
+            }
+            assert!(inbox.complete(7, soon()).is_err(), "complete without part {}", order[2]);
+        }
+        let (sender, mut inbox) = inbox();
+        // markers that came before the checkpoint's beginning, on either side of one that came after it
+        inbox.keep_marker(Device::Block, 7);
+        send(&sender, [wanted(), whole(7), marker(Device::Net, 7)]);
+        inbox.complete(7, soon()).unwrap();
+        assert!(matches!(inbox.next(Some(soon())), Some(Event::Wanted { .. })), "what is not a part is kept");
+    }
+
+    #[test]
+    fn a_marker_of_another_epoch_and_a_lost_peer_end_a_checkpoint() {
+        let (sender, mut early) = inbox();
+        early.keep_marker(Device::Net, 6);
+        send(&sender, [whole(7), marker(Device::Block, 7)]);
+        assert!(matches!(early.complete(7, soon()), Err(CheckpointError::Peer(_))));
+        let (sender, mut lost) = inbox();
+        send(&sender, [whole(7), Event::Heartbeat(LinkLoss::Closed), marker(Device::Net, 7)]);
+        assert!(matches!(lost.complete(7, soon()), Err(CheckpointError::Peer(_))));
+        let (sender, mut failed) = inbox();
+        send(&sender, [Event::DeviceGone(Device::Net)]);
+        assert!(matches!(failed.complete(7, soon()), Err(CheckpointError::Device(_))));
+    }
+
+    #[test]
+    fn a_committed_checkpoint_outlives_its_primary_but_not_its_refutation() {
+        let (sender, mut lost) = inbox();
+        send(&sender, [Event::Heartbeat(LinkLoss::Closed)]);
+        lost.verified(3, soon()).unwrap();
+        assert!(matches!(lost.next(Some(soon())), Some(Event::Heartbeat(_))), "the loss is still to be told");
+        let (sender, mut refuted) = inbox();
+        send(&sender, [Event::Incoming(Incoming::Goodbye("pages differ".into()))]);
+        assert!(matches!(refuted.verified(3, soon()), Err(CheckpointError::Device(_))));
+    }
+
+    #[test]
+    fn wishes_that_a_checkpoint_has_met_are_forgotten_and_nothing_else() {
+        let (sender, mut inbox) = inbox();
+        send(&sender, [wanted(), Event::Terminate, wanted()]);
+        inbox.drop_wanted();
+        assert!(matches!(inbox.next(Some(soon())), Some(Event::Terminate)));
+        assert!(inbox.next(Some(soon())).is_none());
+    }
+}
