@@ -17,7 +17,6 @@ fn main() -> ExitCode {
 }
 
 fn ended_by(signal: Signal) -> Result<()> {
-    let before = namespaces()?;
     let base = std::env::temp_dir().join(format!("colo-lab-{}", std::process::id()));
     let mut command = Command::new(program("colo-demo")?);
     command.env("COLO_LAB_DIR", &base).stdout(Stdio::null()).stderr(Stdio::null());
@@ -26,6 +25,11 @@ fn ended_by(signal: Signal) -> Result<()> {
     let booting = || processes_of(&base).is_ok_and(|all| all.iter().any(|name| name.starts_with("qemu")));
     await_that("a booting guest", booting)?;
     thread::sleep(Duration::from_secs(1));
+    let runs = runs_in(&base)?;
+    ensure!(
+        !namespaces_of(&runs)?.is_empty(),
+        "The demo made no network namespace that has its name: {runs:?}"
+    );
 
     kill_process(Pid::from_child(&demo.0), signal)?;
     let status = demo.0.wait().context("colo-demo")?;
@@ -35,7 +39,8 @@ fn ended_by(signal: Signal) -> Result<()> {
         await_that("end of the laboratory", || !base.exists())?;
     }
     ensure!(!base.exists(), "{} is still there", base.display());
-    ensure!(namespaces()? == before, "Network namespaces are left: {:?}", namespaces()?);
+    let left = namespaces_of(&runs)?;
+    ensure!(left.is_empty(), "Network namespaces are left: {left:?}");
     let left = processes_of(&base)?;
     ensure!(left.is_empty(), "Processes are left: {left:?}");
     Ok(())
@@ -60,9 +65,18 @@ fn await_that(what: &str, mut done: impl FnMut() -> bool) -> Result<()> {
     Ok(())
 }
 
-fn namespaces() -> Result<Vec<String>> {
+/// The laboratories in a directory, each named by its run.
+fn runs_in(base: &Path) -> Result<Vec<String>> {
+    let name =
+        |entry: std::io::Result<std::fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+    std::fs::read_dir(base).context("The demo's directory")?.map(name).collect()
+}
+
+/// The network namespaces of these runs. Others may come and go: somebody else may have a laboratory.
+fn namespaces_of(runs: &[String]) -> Result<Vec<String>> {
     let output = Command::new("ip").args(["netns", "list"]).output().context("ip netns list")?;
-    Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+    let all = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok(all.lines().filter(|line| runs.iter().any(|run| line.contains(run))).map(str::to_owned).collect())
 }
 
 /// Names of the programs whose command line names a file of the laboratory.
