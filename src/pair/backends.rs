@@ -75,7 +75,8 @@ impl Backends {
         events: &Sender<Event>,
     ) -> anyhow::Result<Self> {
         let mut net = Process::new(find_program(&config.net.program));
-        net.arg("--tap").arg(&node.tap).arg("--mac").arg(&config.vm.mac);
+        // No --mac: QEMU makes the card's configuration up itself, and warns of a back end that offers one.
+        net.arg("--tap").arg(&node.tap);
         net.arg("--poll-us").arg(config.net.poll_us.to_string());
         net.arg("--held-ms-max").arg(config.checkpoint.held_ms_max.to_string());
         net.arg("--held-bytes-max").arg(config.checkpoint.held_bytes_max.to_string());
