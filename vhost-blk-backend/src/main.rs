@@ -1,7 +1,6 @@
 //! `vhost-blk-backend`: serves a disk to one virtual machine.
 
 use std::convert::Infallible;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,8 +10,6 @@ use clap::{ArgGroup, Parser};
 use colo::control;
 use colo::memory::DirtyLogs;
 use colo::vhost_user;
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::filter::LevelFilter;
 use vhost_blk_backend::backend::{BUFFER_BYTES_MIN, Backend, Options};
 use vhost_blk_backend::control::Controlled;
 
@@ -77,12 +74,7 @@ fn serve(arguments: Arguments) -> anyhow::Result<Infallible> {
         (None, Some(path)) => Some(control::Server::bind(path).context("The control socket cannot be made")?),
         (None, None) => None,
     };
-    let filter = EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).from_env_lossy();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
+    colo::logging::start().map_err(anyhow::Error::msg)?;
     ensure!(
         arguments.serial.len() <= 20,
         "--serial has {} bytes, a virtio disk's serial number has at most 20",
