@@ -1,5 +1,6 @@
 //! The main job on one machine: a guest on two hosts, a client at work, and then one host dies.
 
+use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
 use std::thread;
@@ -54,7 +55,7 @@ fn demonstrate(arguments: &Arguments) -> Result<()> {
     story.tell(
         "the client writes over one TCP connection (INCR and SET in turn), another writes files with fsync\n",
     );
-    println!("{HEADING}");
+    print_heading();
     watch(&pair, &load, &[Side::A, Side::B], Duration::from_secs(arguments.protected))?;
 
     println!();
@@ -72,7 +73,7 @@ fn demonstrate(arguments: &Arguments) -> Result<()> {
         thread::sleep(Duration::from_millis(5));
     }
     story.tell("host-b goes on alone\n");
-    println!("{HEADING}");
+    print_heading();
     watch(&pair, &load, &[Side::B], Duration::from_secs(arguments.alone))?;
 
     println!();
@@ -109,58 +110,74 @@ impl Story {
     }
 }
 
-const HEADING: &str = "\
-  host-a    host-b    checkpoints (since the last line: causes)      pause   dirty  packets    held |  client  median     p99
-                                                             last, ms   pages compared   bytes | req/s       ms      ms";
+/// The table's columns: the roles, what protection does, what the client sees.
+fn line(roles: &[impl Display; 2], protection: &[impl Display; 6], client: &[impl Display; 3]) -> String {
+    let ([a, b], [all, causes, pause, pages, packets, held], [count, p50, p99]) = (roles, protection, client);
+    format!(
+        "  {a:<9}  {b:<9}  {all:>5}  {causes:<38} {pause:>7} {pages:>6} {packets:>8} {held:>6}  |  {count:>6} {p50:>7} {p99:>7}"
+    )
+}
+
+fn print_heading() {
+    let over = ["", "checkpoints", "pause", "dirty", "packets", "held"];
+    let under = ["all", "causes since the last line", "ms", "pages", "compared", "bytes"];
+    println!("{}", line(&["host-a", "host-b"], &over, &["client", "median", "p99"]));
+    println!("{}", line(&["", ""], &under, &["req/s", "ms", "ms"]));
+}
 
 /// Prints a line a second.
 fn watch(pair: &Pair, load: &RedisLoad, alive: &[Side], time: Duration) -> Result<()> {
     let end = Instant::now() + time;
-    let mut before: Option<Status> = None;
+    let first = *alive.first().context("Somebody must be alive")?;
+    let mut before = pair.status(first)?;
     while Instant::now() < end {
         let since = Instant::now();
         thread::sleep(Duration::from_secs(1));
+        let now = pair.status(first)?;
         let mut roles = [String::from("dead"), String::from("dead")];
-        let mut lead = None;
         for side in alive {
-            let status = pair.status(*side)?;
+            let status = if *side == first { &now } else { &pair.status(*side)? };
             status.text("/role").clone_into(&mut roles[*side as usize]);
-            lead.get_or_insert(status);
         }
-        let lead = lead.context("Somebody must be alive")?;
         let progress = load.progress();
         if let Some(failure) = progress.failure {
             anyhow::bail!("The client's connection did not last: {failure}");
         }
         let latencies = progress.stalls.latencies(since);
-        let last = lead.0.pointer("/checkpoints/latest").and_then(|all| all.as_array()?.last().cloned());
-        let last = Status(last.unwrap_or_default());
-        let ms = |duration: Duration| duration.as_secs_f64() * 1e3;
-        println!(
-            "  {:<9} {:<9} {:>6} {:<43} {:>6.1} {:>6} {:>8} {:>7} | {:>6} {:>7.1} {:>7.1}",
-            roles[0],
-            roles[1],
-            lead.checkpoints(),
-            causes(&lead, before.as_ref()),
-            Duration::from_micros(last.number("/pause_us")).as_secs_f64() * 1e3,
-            last.number("/pages"),
-            lead.number("/net/pair/proxy/compare/pvm_packets"),
-            lead.number("/net/pair/proxy/compare/held_bytes"),
-            latencies.len(),
-            ms(percentile(&latencies, 50.0)),
-            ms(percentile(&latencies, 99.0)),
-        );
+        let [p50, p99] = [50.0, 99.0].map(|percent| ms(percentile(&latencies, percent)));
+        println!("{}", line(&roles, &protection(&now, &before), &[latencies.len().to_string(), p50, p99]));
         std::io::stdout().flush()?;
-        before = Some(lead);
+        before = now;
     }
     Ok(())
 }
 
+fn ms(duration: Duration) -> String {
+    format!("{:.1}", duration.as_secs_f64() * 1e3)
+}
+
+/// The columns that make sense only while there are two.
+fn protection(now: &Status, before: &Status) -> [String; 6] {
+    if now.text("/role") != "primary" {
+        return ["-", "not protected", "-", "-", "-", "-"].map(str::to_owned);
+    }
+    let last = now.0.pointer("/checkpoints/latest").and_then(|all| all.as_array()?.last().cloned());
+    let last = Status(last.unwrap_or_default());
+    [
+        now.checkpoints().to_string(),
+        causes(now, before),
+        ms(Duration::from_micros(last.number("/pause_us"))),
+        last.number("/pages").to_string(),
+        now.number("/net/pair/proxy/compare/pvm_packets").to_string(),
+        now.number("/net/pair/proxy/compare/held_bytes").to_string(),
+    ]
+}
+
 /// What asked for the checkpoints between two statuses, as `+2 interval +1 mismatch`.
-fn causes(now: &Status, before: Option<&Status>) -> String {
+fn causes(now: &Status, before: &Status) -> String {
     let counts = now.0.pointer("/checkpoints/by_cause").and_then(|causes| causes.as_object().cloned());
     let new = counts.unwrap_or_default().into_iter().filter_map(|(cause, count)| {
-        let earlier = before.map_or(0, |before| before.number(&format!("/checkpoints/by_cause/{cause}")));
+        let earlier = before.number(&format!("/checkpoints/by_cause/{cause}"));
         let more = count.as_u64()? - earlier;
         (more > 0).then(|| format!("+{more} {cause}"))
     });
