@@ -5,23 +5,31 @@ set -eu
 
 # redis-tools: redis-benchmark for the host, and the program redis-server for the guest without a service on the host.
 packages="qemu-system-x86 redis-tools busybox-static e2fsprogs iproute2 iputils-ping cpio"
+# qemu-img, for tests. Installed after the others: a newer one, where there is one, conflicts with Debian's
+# qemu-system-x86, and is removed by it.
+later="qemu-utils"
 
-missing=""
-for package in $packages; do
-    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing="$missing $package"
-done
+absent() {
+    for package in "$@"; do
+        [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || echo "$package"
+    done
+}
+# shellcheck disable=SC2086
+missing=$(absent $packages $later)
 # the guest's kernel is downloaded by apt, which must know of it
 index_missing=""
 [ -n "$(apt-cache policy linux-image-cloud-amd64 2>/dev/null)" ] || index_missing=yes
 [ -n "$missing$index_missing" ] || exit 0
 
 if [ "$(id -u)" != 0 ]; then
-    echo "install-deps:${missing:- the package index} missing: run this as root" >&2
+    echo "install-deps:" ${missing:-the package index} "missing: run this as root" >&2
     exit 1
 fi
 apt-get -q update >&2
-[ -n "$missing" ] || exit 0
-echo "install-deps: installing$missing" >&2
-# qemu-utils is not named: where a newer one is installed apt removes it, and nothing here needs it
-# shellcheck disable=SC2086
-DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $missing >&2
+# shellcheck disable=SC2046,SC2086
+for some in "$(absent $packages)" "$later"; do
+    some=$(absent $some)
+    [ -n "$some" ] || continue
+    echo "install-deps: installing" $some >&2
+    DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $some >&2
+done
