@@ -11,10 +11,12 @@ trap '' INT TERM HUP
 remove() {
     run=$(basename "$1")
     for namespace in $(ip netns list | sed -n "s/^\(colo-$run-[^ ]*\).*/\1/p"); do
-        while pids=$(ip netns pids "$namespace") && [ -n "$pids" ]; do
+        tries=0
+        while pids=$(ip netns pids "$namespace") && [ -n "$pids" ] && [ "$tries" -lt 500 ]; do
             # shellcheck disable=SC2086
             kill -KILL $pids 2>/dev/null
             sleep 0.02
+            tries=$((tries + 1))
         done
         ip netns delete "$namespace"
     done

@@ -103,16 +103,16 @@ fn path_of(name: &str) -> io::Result<PathBuf> {
 }
 
 fn write_file(name: &str, bytes: &str, input: &mut impl Read) -> io::Result<Vec<u8>> {
-    let path = path_of(name)?;
     let bytes: u64 = bytes.parse().map_err(io::Error::other)?;
     if bytes > FILE_BYTES_MAX {
         return Err(io::Error::other("too long"));
     }
+    // the content is taken off the connection whatever the name is: what follows it is the next command
     let mut content = Vec::new();
     if input.take(bytes).read_to_end(&mut content)? as u64 != bytes {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    let mut file = File::create(path)?;
+    let mut file = File::create(path_of(name)?)?;
     file.write_all(&content)?;
     file.sync_all()?;
     File::open(FILES)?.sync_all()?;
