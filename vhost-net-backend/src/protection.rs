@@ -190,9 +190,13 @@ impl Protection {
         both!(&mut self.half, proxy => proxy.tick(now_us, &mut self.actions));
     }
 
+    /// The VM is paused: marks the end of the epoch on the link. A controller that has not heard yet that the link is gone
+    /// is told so by the event; its marker goes the way of all that is sent on a dead link.
     pub(crate) fn marker(&mut self, epoch: u64) -> Result<(), String> {
-        if self.phase != Phase::Paired {
-            return Err("The peer is lost".into());
+        match self.phase {
+            Phase::Paired => {}
+            Phase::Undecided => return Ok(()),
+            Phase::Alone | Phase::Silent => return Err("This side is not protected any more".into()),
         }
         match &mut self.half {
             Half::Primary(proxy) => {

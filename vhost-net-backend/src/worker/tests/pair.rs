@@ -126,6 +126,21 @@ fn the_primary_goes_on_alone() {
 }
 
 #[test]
+fn a_marker_that_is_wanted_after_the_link_is_lost_is_no_fault_of_this_side() {
+    let (mut bench, peer) = half(Role::Primary);
+    bench.guest_sends(&frame("held"));
+    assert!(bench.queues[TX].used(LIMIT).is_some());
+    bench.stop_rings();
+    drop(peer);
+    while !matches!(bench.event(), Event::LinkLost { .. }) {}
+    bench.call(&Command::Marker { epoch: 1 }).unwrap();
+    assert_eq!(bench.lan_receives(MOMENT), None);
+    bench.call(&Command::TakeOver).unwrap();
+    assert_eq!(bench.lan_receives(LIMIT), Some(frame("held")));
+    assert!(bench.call(&Command::Marker { epoch: 1 }).is_err());
+}
+
+#[test]
 fn a_commit_that_is_told_after_the_link_is_lost_releases_nothing_yet() {
     let (mut bench, mut peer) = half(Role::Primary);
     bench.guest_sends(&frame("held"));
