@@ -176,6 +176,10 @@ impl Worker {
     fn run(mut self) {
         let mut idle_since = None;
         loop {
+            // before the orders are looked at: one that comes in between would wake nobody
+            if self.disk.take_fired(Wake::Order) {
+                self.orders.rearm();
+            }
             while let Some(order) = self.orders.try_recv() {
                 if let Order::Exit = order {
                     self.stop();
@@ -245,9 +249,6 @@ impl Worker {
 
     /// Everything that can be done without waiting. Returns whether that was something.
     fn turn(&mut self) -> bool {
-        if self.disk.take_fired(Wake::Order) {
-            self.orders.rearm();
-        }
         let mut done = 0;
         if let Some(mut ring) = self.ring.take() {
             if self.disk.take_fired(Wake::Kick) {
