@@ -164,11 +164,13 @@ fn sequence(rounds: usize, listener: &TcpListener, kill: &Sender<()>, killed: &R
 /// Many clients at once, who know nothing of the primary's death.
 fn turmoil(kill: &Sender<()>, killed: &Receiver<()>, after: Duration) {
     let stop = Arc::new(AtomicBool::new(false));
+    let (opens, opened) = channel();
     let workers: Vec<_> = (0..6)
         .map(|number| {
-            let stop = stop.clone();
+            let (stop, opens) = (stop.clone(), opens.clone());
             spawn(move || {
                 let mut stream = open(ECHO);
+                opens.send(()).unwrap();
                 let mut done = 0;
                 while !stop.load(Ordering::Relaxed) {
                     match number {
@@ -189,6 +191,8 @@ fn turmoil(kill: &Sender<()>, killed: &Receiver<()>, after: Duration) {
             })
         })
         .collect();
+    // on a busy machine a connection takes longer than some of these deaths
+    (0..6).for_each(|_| opened.recv().unwrap());
     std::thread::sleep(after);
     kill.send(()).unwrap();
     killed.recv().unwrap();
