@@ -1,7 +1,6 @@
 //! The disk and its workers, as the vhost-user server and the controller see them.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use crate::block_buffer::SECTOR_BYTES;
-use crate::image::{Image, ImageError};
+use crate::image::{Image, ImageError, ImageOptions};
 use crate::metrics::Metrics;
 use crate::replication::Wakers;
 use crate::request::{Limits, Operation, SEGMENT_BYTES_MAX, SEGMENTS_MAX, Status};
@@ -26,18 +25,36 @@ pub const BUFFER_BYTES_MIN: usize = 2 * crate::request::DATA_BYTES_MAX;
 /// How a disk is served.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The raw image or block device.
-    pub blk_file: PathBuf,
-    /// Refuse writes.
-    pub read_only: bool,
+    /// What is behind it.
+    pub image: ImageOptions,
     /// What the guest reads as the disk's serial number; at most 20 bytes count.
     pub serial: String,
-    /// Number of queues, each with a worker.
+    /// Number of queues.
     pub queues: usize,
+    /// Number of threads that serve them, no more than queues: queue `i` is served by worker `i` mod `workers`.
+    pub workers: usize,
+    /// Whether the disk begins with a write cache, which the guest flushes; otherwise every write is durable when it
+    /// is answered.
+    pub writeback: bool,
     /// The longest that an idle worker polls.
     pub poll: Duration,
     /// The workers' cores, in turn; empty for none in particular.
     pub cores: Vec<usize>,
+}
+
+impl Options {
+    /// One queue, one worker that never polls, a write cache, no serial number.
+    pub fn new(image: ImageOptions) -> Self {
+        Self {
+            image,
+            serial: String::new(),
+            queues: 1,
+            workers: 1,
+            writeback: true,
+            poll: Duration::ZERO,
+            cores: Vec::new(),
+        }
+    }
 }
 
 /// Why a disk cannot be served.
@@ -112,7 +129,7 @@ impl Backend {
     /// # Errors
     /// The image cannot be served, or the system refuses the workers.
     pub fn start(options: &Options) -> Result<Arc<Self>, StartError> {
-        let image = Arc::new(Image::open(&options.blk_file, options.read_only)?);
+        let image = Arc::new(Image::open(&options.image)?);
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
             *to = from;

@@ -12,6 +12,7 @@ use colo::memory::DirtyLogs;
 use colo::vhost_user;
 use vhost_blk_backend::backend::{BUFFER_BYTES_MIN, Backend, Options};
 use vhost_blk_backend::control::Controlled;
+use vhost_blk_backend::image::{Direct, Hold, ImageOptions, Source};
 
 /// Serves a raw disk image or block device to a virtual machine as a vhost-user-blk device.
 ///
@@ -86,10 +87,19 @@ fn serve(arguments: Arguments) -> anyhow::Result<Infallible> {
         arguments.buffer_bytes
     );
     let backend = Backend::start(&Options {
-        blk_file: arguments.blk_file,
-        read_only: arguments.read_only,
+        image: ImageOptions {
+            source: Source::File(arguments.blk_file),
+            read_only: arguments.read_only,
+            // The disk ring does not align what it transfers.
+            direct: Direct::Off,
+            block_bytes: 512,
+            // The queues do not acquire the image.
+            hold: Hold::WhileOpen,
+        },
         serial: arguments.serial,
         queues: arguments.queues.into(),
+        workers: arguments.queues.into(),
+        writeback: true,
         poll: Duration::from_micros(arguments.poll_us),
         cores: arguments.core,
     })?;

@@ -13,6 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vhost_blk_backend::backend::{Backend, Options};
 use vhost_blk_backend::control::Controlled;
+use vhost_blk_backend::image::{Direct, Hold, ImageOptions, Source};
 
 use crate::guest::Guest;
 
@@ -32,15 +33,12 @@ impl Side {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         std::fs::write(&path, content).unwrap();
-        let backend = Backend::start(&Options {
-            blk_file: path,
-            read_only: false,
-            serial: String::new(),
-            queues: 1,
-            poll: Duration::ZERO,
-            cores: vec![],
-        })
-        .unwrap();
+        let image = ImageOptions {
+            direct: Direct::Off,
+            hold: Hold::WhileOpen,
+            ..ImageOptions::new(Source::File(path))
+        };
+        let backend = Backend::start(&Options::new(image)).unwrap();
         let logs = DirtyLogs::new();
         let socket = directory.path().join("control");
         let server = Server::bind(&socket).unwrap();
