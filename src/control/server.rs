@@ -89,7 +89,7 @@ impl Server {
     /// # Errors
     /// The number is not that of a listening Unix socket.
     pub fn inherit(number: i32) -> io::Result<Self> {
-        super::inherit::inherited_listener(number).map(Self::from_listener)
+        crate::inherit::inherited_listener(number).map(Self::from_listener)
     }
 
     /// The way to send events.
