@@ -188,10 +188,33 @@ impl Backend {
         }
     }
 
+    /// Gives the disk another length ([`Image::resize`]) and tells the guest. Returns the length.
+    ///
+    /// # Errors
+    /// A sentence that says why it cannot have it.
+    pub fn resize(&self, bytes: Option<u64>) -> Result<u64, String> {
+        let before = self.shared.image.bytes();
+        let bytes = self.shared.image.resize(bytes).map_err(|error| error.to_string())?;
+        if bytes != before {
+            let path = self.shared.image.path().display();
+            tracing::info!("Disk {path}: resized from {before} to {bytes} bytes");
+            self.config_changed();
+        }
+        Ok(bytes)
+    }
+
+    /// The configuration space has changed: the guest is to read it again. Until the vhost-user server can say that, the
+    /// guest finds the new capacity when it next reads it.
+    #[expect(clippy::unused_self, reason = "the notification will go through the device")]
+    fn config_changed(&self) {}
+
     pub(crate) fn status(&self) -> Value {
         let mut status = self.shared.metrics.to_json();
         status["disk_bytes"] = self.shared.image.bytes().into();
         status["disk_path"] = self.shared.image.path().display().to_string().into();
+        status["disk_access"] = self.shared.image.access().name().into();
+        status["block_bytes"] = self.shared.image.block_bytes().into();
+        status["queues"] = self.workers.len().into();
         status["durability_lost"] = self.shared.sync_failed.load(Ordering::Relaxed).into();
         status
     }

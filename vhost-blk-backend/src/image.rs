@@ -96,6 +96,18 @@ pub enum Access {
     },
 }
 
+impl Access {
+    /// One word, for the statistics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Null => "null",
+            Self::Memory => "memory",
+            Self::Buffered => "buffered",
+            Self::Direct { .. } => "direct",
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Null,

@@ -1,5 +1,5 @@
 //! One side of a pair: a protected disk, its guest, and a controller on the control socket.
-#![allow(unreachable_pub, reason = "a module of a test")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -63,6 +63,11 @@ impl Side {
         let on_event = move |event| drop(sender.send(event));
         self.client = Some(Client::connect(&self.directory.path().join("control"), on_event).unwrap());
         self.events = events;
+    }
+
+    /// What the controller was told at its arrival.
+    pub fn greeted_disk_bytes(&self) -> Option<u64> {
+        self.client.as_ref().expect("a controller").greeting().disk_bytes
     }
 
     pub fn tell(&mut self, command: &Command) -> Result<Value, String> {
