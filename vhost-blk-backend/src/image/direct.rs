@@ -53,7 +53,8 @@ fn alignment(file: &File, is_device: bool) -> io::Result<Option<(u32, u32)>> {
     Ok(None)
 }
 
-fn can_read(file: &File, memory_align: u32, block_bytes: u32, bytes: u64) -> bool {
+/// Whether the last block can be read from a descriptor with O_DIRECT.
+pub(super) fn can_read(file: &File, memory_align: u32, block_bytes: u32, bytes: u64) -> bool {
     let mut memory = vec![0; (memory_align + block_bytes) as usize];
     let start = memory.as_ptr().align_offset(memory_align as usize);
     let block = &mut memory[start..start + block_bytes as usize];

@@ -278,6 +278,11 @@ fn a_block_device_is_served_with_its_own_geometry() {
     assert_eq!(image.bytes(), 65536);
     assert!(matches!(image.access(), Access::Direct { offset_align: 4096, .. }), "{:?}", image.access());
     assert_eq!(image.topology().physical_block_exp, 0);
+    // what is tried where nobody tells the alignment
+    assert!(
+        direct::can_read(image.file(), 4096, 4096, 65536)
+            && !direct::can_read(image.file(), 4096, 512, 65536)
+    );
     zeroed_where_told(&image);
     assert!(image.resize(Some(131_072)).unwrap_err().to_string().contains("enlarge the device itself"));
     device.file.as_file().set_len(131_072).unwrap();
