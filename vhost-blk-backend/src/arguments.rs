@@ -110,6 +110,10 @@ pub(crate) struct Serve {
     /// Touch the disk only as a controller says: until it attaches a peer, requests wait
     #[arg(long, requires = "control", conflicts_with = "read_only")]
     pub(crate) protected: bool,
+    /// The VM comes by live migration: another back end may still have the image; it is locked when the guest's first
+    /// queue starts here
+    #[arg(long, conflicts_with = "protected")]
+    incoming: bool,
     /// Limit of the block buffer's memory in bytes; when it is nearly full, a checkpoint is asked for
     #[arg(long, default_value_t = 256 << 20, value_name = "BYTES")]
     pub(crate) buffer_bytes: usize,
@@ -190,8 +194,11 @@ impl Serve {
                     DirectChoice::Off => Direct::Off,
                 },
                 block_bytes: self.block_size,
-                // for a plain disk WhileServing, once its queues acquire the image
-                hold: Hold::WhileOpen,
+                hold: match (self.protected, self.incoming) {
+                    (true, _) => Hold::WhileOpen,
+                    (false, false) => Hold::WhileServing,
+                    (false, true) => Hold::Incoming,
+                },
             },
             serial: self.serial.clone(),
             queues,
@@ -289,6 +296,14 @@ mod tests {
         let resize = line("resize --control-path c").unwrap().order;
         assert!(matches!(resize, Some(Order::Resize { bytes: None, .. })));
         assert!(matches!(line("status --control-path c").unwrap().order, Some(Order::Status { .. })));
+    }
+
+    #[test]
+    fn the_destination_of_a_migration_waits_with_its_lock() {
+        let hold = |rest: &str| options(&format!("--socket-path s --blk-file d {rest}")).unwrap().image.hold;
+        assert_eq!(hold(""), Hold::WhileServing);
+        assert_eq!(hold("--incoming"), Hold::Incoming);
+        assert!(options("--socket-path s --blk-file d --protected --control-fd 3 --incoming").is_err());
     }
 
     #[test]

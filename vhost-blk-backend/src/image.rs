@@ -185,10 +185,17 @@ impl Image {
         match (self.kind, self.hold) {
             (Kind::Null, _) => {}
             (_, Hold::WhileOpen) => self.holder.acquire(self.target(), OPEN_PATIENCE)?,
+            // now as well, so that a second program by mistake is told at once
             (_, Hold::WhileServing) => {
+                self.holder.acquire(self.target(), OPEN_PATIENCE)?;
+                self.holder.release(self.target(), || {});
+            }
+            (_, Hold::Incoming) => {
                 if !self.target().is_free()? {
                     let path = self.path.display();
-                    tracing::warn!("Disk {path} is in use by another program: requests wait until that ends");
+                    tracing::info!(
+                        "Disk {path} is still in use by another program, as it is before a migration ends"
+                    );
                 }
             }
         }

@@ -14,8 +14,9 @@
 //! of users here, who are the device's queues.
 //!
 //! A live migration on one image, or any other handover, needs the second back end to start while the first still
-//! serves. So a plain back end has the lock only while a queue runs ([`Hold::WhileServing`]): the VMM stops the queues
-//! of the source before it starts those of the destination. When the last has stopped, what was written is made durable
+//! serves. So a plain back end has the lock only while a queue runs ([`Hold::WhileServing`]), and one that is started
+//! for a migration does not mind who has it until then ([`Hold::Incoming`]): the VMM stops the queues of the source
+//! before it starts those of the destination. When the last has stopped, what was written is made durable
 //! and then the lock is given back, so that a successor on another host that shares the storage finds it there. A
 //! protected disk is touched without queues as well (a secondary writes its buffer back) and is never handed over:
 //! it is held from beginning to end ([`Hold::WhileOpen`]).
@@ -42,8 +43,10 @@ const LOOK_AGAIN: Duration = Duration::from_millis(20);
 pub enum Hold {
     /// From its opening to its end.
     WhileOpen,
-    /// While somebody has acquired it ([`super::Image::acquire`]).
+    /// While somebody has acquired it ([`super::Image::acquire`]). At its opening it must be free.
     WhileServing,
+    /// The same, but at its opening another may still have it: the source of a migration.
+    Incoming,
 }
 
 /// What is locked.

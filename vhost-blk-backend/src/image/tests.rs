@@ -19,6 +19,11 @@ fn of(path: &Path) -> ImageOptions {
     ImageOptions::new(Source::File(path.into()))
 }
 
+/// One that comes by migration.
+fn incoming(path: &Path) -> ImageOptions {
+    ImageOptions { hold: Hold::Incoming, ..of(path) }
+}
+
 fn held(path: &Path, read_only: bool) -> ImageOptions {
     ImageOptions { read_only, hold: Hold::WhileOpen, ..of(path) }
 }
@@ -78,7 +83,8 @@ fn a_served_image_is_handed_over_when_its_last_queue_has_stopped() {
         (Image::open(&of(file.path())).unwrap(), Image::open(&of(file.path())).unwrap());
     source.acquire().unwrap();
     source.acquire().unwrap();
-    let third = Image::open(&of(file.path())).expect("opening only looks");
+    assert!(matches!(Image::open(&of(file.path())), Err(ImageError::Locked { .. })));
+    let third = Image::open(&incoming(file.path())).expect("opening only looks");
     assert!(matches!(third.acquire_within(SOON), Err(ImageError::Locked { .. })));
     source.release();
     assert!(
@@ -124,7 +130,7 @@ fn the_lock_outlasts_the_image_until_its_open_file_ends() {
         killed.acquire().unwrap();
         let in_flight = killed.file().try_clone().unwrap();
         drop(killed);
-        let next = Image::open(&of(file.path())).unwrap();
+        let next = Image::open(&incoming(file.path())).unwrap();
         assert!(matches!(next.acquire_within(SOON), Err(ImageError::Locked { .. })));
         drop(in_flight);
         next.acquire_within(SOON).unwrap();
@@ -227,7 +233,7 @@ fn a_file_grows_when_told_or_when_it_has_grown() {
     file.as_file().set_len(1024).unwrap();
     assert_eq!(image.resize(None).unwrap(), 1024);
     assert_eq!(file.as_file().metadata().unwrap().len(), 1024);
-    let reader = Image::open(&ImageOptions { read_only: true, ..of(file.path()) }).unwrap();
+    let reader = Image::open(&ImageOptions { read_only: true, ..incoming(file.path()) }).unwrap();
     assert!(reader.resize(Some(2048)).unwrap_err().to_string().contains("read-only"));
     assert_eq!(reader.resize(Some(1024)).unwrap(), 1024);
 }
@@ -308,7 +314,7 @@ fn a_block_device_that_the_host_uses_is_refused_and_one_of_ours_is_waited_for() 
     drop(mounted);
     let first = Image::open(&of(&device.path)).unwrap();
     first.acquire().unwrap();
-    let second = Image::open(&of(&device.path)).unwrap();
+    let second = Image::open(&incoming(&device.path)).unwrap();
     let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(&device.path);
     assert_eq!(
         claim.unwrap_err().raw_os_error(),

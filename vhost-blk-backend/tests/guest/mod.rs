@@ -118,8 +118,9 @@ impl Guest {
             call: Some(self.call.clone()),
             error: None,
             broken_rings: Arc::default(),
+            inflight: None,
         };
-        self.device.start_queue(0, Ring::new(setup).unwrap());
+        self.device.start_queue(0, Ring::new(setup).unwrap()).unwrap();
     }
 
     /// How many requests the device has taken and ended, by the used ring.
