@@ -257,6 +257,10 @@ impl Backend {
         if !self.acquired.load(Ordering::Relaxed) {
             self.shared.image.acquire()?;
             self.acquired.store(true, Ordering::Relaxed);
+            // whoever had it before may have made it longer
+            if let Err(error) = self.resize(None) {
+                tracing::warn!("{error}");
+            }
         }
         let workers = self.workers.len();
         self.workers[index % workers].start_ring(index / workers, ring);
