@@ -174,7 +174,11 @@ impl Worker {
             }
         };
         // One copy for both disks: the guest may change its buffer while the write is under way.
-        let copy = queue.copy.take().unwrap_or_else(|| Arc::new(written(&taken, &queue.chain)));
+        let copy = queue.copy.take().unwrap_or_else(|| {
+            let mut copy = Vec::new();
+            gather(&taken, &queue.chain, &mut copy);
+            Arc::new(copy)
+        });
         if !primary.admit(offset, &copy) {
             queue.copy = Some(copy);
             return Begun::Waits(taken);
@@ -208,7 +212,7 @@ impl Worker {
             // reaches anybody. And a discard does nothing, as on the primary.
             _ => return settle(taken, ring, chain, metrics, Status::Ok),
         };
-        *scratch = written(&taken, chain);
+        gather(&taken, chain, scratch);
         if !secondary.write(offset, scratch) {
             return Begun::Waits(taken);
         }
@@ -235,11 +239,11 @@ fn data_bytes(operation: Operation, chain: &Chain, extents: &[Extent]) -> u64 {
     }
 }
 
-/// A copy of what a request writes.
-fn written(taken: &Taken, chain: &Chain) -> Vec<u8> {
-    let mut data = vec![0; taken.bytes() as usize];
+/// Copies what a request writes into `data`, in place of what is there.
+fn gather(taken: &Taken, chain: &Chain, data: &mut Vec<u8>) {
+    data.clear();
+    data.resize(taken.bytes() as usize, 0);
     if let Operation::Write(_) = taken.operation() {
-        chain.copy_to(&mut data);
+        chain.copy_to(data);
     }
-    data
 }
