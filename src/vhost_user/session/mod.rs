@@ -1,5 +1,7 @@
 //! One frontend's connection: what it has told so far, and what each of its messages changes.
 
+mod memory;
+
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -7,8 +9,7 @@ use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserInflight, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion,
-    VhostUserProtocolFeatures, VhostUserSingleMemoryRegion, VhostUserU64, VhostUserVirtioFeatures,
+    FrontendReq, VhostUserConfig, VhostUserProtocolFeatures, VhostUserU64, VhostUserVirtioFeatures,
     VhostUserVringAddr, VhostUserVringState,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -20,14 +21,11 @@ use super::inflight::InflightMemory;
 use super::message::{Message, MessageError};
 use super::ring::{Ring, RingError, RingSetup, signal};
 use super::vring::{Addresses, Kick, Vring};
-use crate::memory::{DirtyLog, DirtyLogs, MemoryError, MemoryTable, Region};
+use crate::memory::{DirtyLog, DirtyLogs, MemoryError, MemoryTable};
 
 /// In the u64 of SET_VRING_KICK, _CALL and _ERR: no descriptor comes along.
 const VRING_NO_FD: u64 = 0x100;
 const VRING_INDEX: u64 = 0xff;
-
-/// Memory regions that a frontend may have with ADD_MEM_REG: as many as KVM has slots in QEMU's eyes.
-const MEM_SLOTS_MAX: usize = 509;
 
 /// What ended a frontend's connection.
 #[derive(Debug, thiserror::Error)]
@@ -243,7 +241,7 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
                 }
                 self.start_wanted()
             }
-            FrontendReq::GET_MAX_MEM_SLOTS => Ok(Reply::number(MEM_SLOTS_MAX as u64)),
+            FrontendReq::GET_MAX_MEM_SLOTS => Ok(Reply::number(memory::MEM_SLOTS_MAX as u64)),
             FrontendReq::GET_INFLIGHT_FD => self.get_inflight(message),
             FrontendReq::GET_CONFIG => self.get_config(message),
             FrontendReq::SET_CONFIG => self.set_config(message),
@@ -291,110 +289,6 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             self.arm_log();
         }
         self.start_wanted()
-    }
-
-    fn set_mem_table(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
-        let (table, rest): (VhostUserMemory, &[u8]) = message.body_and_rest()?;
-        let count = table.num_regions as usize;
-        if rest.len() != count * size_of::<VhostUserMemoryRegion>() {
-            return Err(message.malformed().into());
-        }
-        message.expect_fds(count)?;
-        let mut parsed = vec![VhostUserMemoryRegion::default(); count];
-        for (region, bytes) in parsed.iter_mut().zip(rest.chunks_exact(size_of::<VhostUserMemoryRegion>())) {
-            region.as_mut_slice().copy_from_slice(bytes);
-        }
-        let regions = parsed.into_iter().zip(message.fds.drain(..)).map(|(region, file)| Region {
-            guest_address: region.guest_phys_addr,
-            bytes: region.memory_size,
-            user_address: region.user_addr,
-            mmap_offset: region.mmap_offset,
-            file,
-        });
-        let regions = regions.collect();
-        self.stop_all();
-        self.memory.replace(regions)?;
-        self.start_wanted()
-    }
-
-    fn add_mem_reg(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
-        let region: VhostUserSingleMemoryRegion = message.body()?;
-        message.expect_fds(1)?;
-        if self.memory.regions() >= MEM_SLOTS_MAX {
-            return refuse(message.request, format!("There are {MEM_SLOTS_MAX} regions already"));
-        }
-        let region = Region {
-            guest_address: region.guest_phys_addr,
-            bytes: region.memory_size,
-            user_address: region.user_addr,
-            mmap_offset: region.mmap_offset,
-            file: message.fds.remove(0),
-        };
-        self.stop_all();
-        self.memory.add(region)?;
-        self.start(Missing::Wait)
-    }
-
-    fn rem_mem_reg(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
-        let region: VhostUserSingleMemoryRegion = message.body()?;
-        // a descriptor may come along and is of no use
-        message.fds.clear();
-        self.stop_all();
-        if !self.memory.remove(region.guest_phys_addr, region.memory_size, region.user_addr)? {
-            return refuse(message.request, format!("No region at {:#x}", { region.guest_phys_addr }));
-        }
-        self.start(Missing::Wait)
-    }
-
-    fn get_inflight(&mut self, message: &Message) -> Result<Reply, SessionError> {
-        let asked = inflight_body(message)?;
-        let queues = usize::from(asked.num_queues);
-        if queues == 0 || queues > self.vrings.len() || !(1..=32768).contains(&asked.queue_size) {
-            let what = format!("Memory for {queues} queues of {} entries", { asked.queue_size });
-            return refuse(message.request, what);
-        }
-        let memory = InflightMemory::create(asked.num_queues, asked.queue_size);
-        let memory = memory.map_err(|error| SessionError::Refused {
-            request: message.request,
-            what: format!("There is no memory for it: {error}"),
-        })?;
-        let answer = VhostUserInflight { mmap_size: memory.bytes(), mmap_offset: 0, ..asked };
-        Ok(Reply::Inflight(answer.as_slice().to_vec(), Arc::new(memory)))
-    }
-
-    fn set_inflight(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
-        let asked = inflight_body(message)?;
-        message.expect_fds(1)?;
-        let fd = message.fds.remove(0);
-        let memory = InflightMemory::map(fd, asked.mmap_offset, asked.num_queues, asked.queue_size);
-        let memory = memory
-            .map_err(|error| SessionError::Refused { request: message.request, what: error.to_string() })?;
-        self.stop_all();
-        self.inflight = Some(Arc::new(memory));
-        self.start_wanted()
-    }
-
-    fn set_log_base(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
-        let log: VhostUserLog = message.body()?;
-        message.expect_fds(1)?;
-        let fd = message.fds.remove(0);
-        let failed = |what: String| SessionError::Refused { request: FrontendReq::SET_LOG_BASE, what };
-        let bytes =
-            log.mmap_size.checked_next_multiple_of(8).ok_or_else(|| failed("It is too long".into()))?;
-        let mapped = DirtyLog::map(fd, log.mmap_offset, bytes).map_err(|error| failed(error.to_string()))?;
-        self.stop_all();
-        self.log = Some(Arc::new(mapped));
-        self.arm_log();
-        self.start_wanted()?;
-        Ok(Reply::Payload(log.as_slice().to_vec()))
-    }
-
-    /// Logs all writes as soon as the frontend wants some. It asks for the data and for each used ring apart; switching
-    /// them off, QEMU takes back the data first, so that the rings are logged a moment longer than they must.
-    fn arm_log(&self) {
-        let rings = self.vrings.iter().any(|vring| vring.addresses.is_some_and(|addresses| addresses.log));
-        let wanted = rings || self.has_feature(VhostUserVirtioFeatures::LOG_ALL);
-        self.logs.set_frontend(self.log.clone().filter(|_| wanted));
     }
 
     fn set_vring_fd(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
@@ -547,18 +441,6 @@ enum Missing {
     Refuse,
     /// Regions come and go one by one: it waits for the one that it is in.
     Wait,
-}
-
-/// The body of the two messages about inflight memory. QEMU sends the structure with the padding at its end.
-fn inflight_body(message: &Message) -> Result<VhostUserInflight, SessionError> {
-    const PACKED_BYTES: usize = 20;
-    let mut body = VhostUserInflight::default();
-    let bytes = message.payload.len();
-    if bytes != PACKED_BYTES && bytes != size_of::<VhostUserInflight>() {
-        return Err(message.malformed().into());
-    }
-    body.as_mut_slice()[..bytes].copy_from_slice(&message.payload);
-    Ok(body)
 }
 
 fn refuse<T>(request: FrontendReq, what: String) -> Result<T, SessionError> {
