@@ -185,7 +185,6 @@ impl Serve {
         );
         Ok(Options {
             image: ImageOptions {
-                source,
                 read_only: self.read_only,
                 direct: match self.direct {
                     _ if self.protected => Direct::Off,
@@ -199,6 +198,7 @@ impl Serve {
                     (false, false) => Hold::WhileServing,
                     (false, true) => Hold::Incoming,
                 },
+                ..ImageOptions::new(source)
             },
             serial: self.serial.clone(),
             queues,

@@ -21,13 +21,9 @@ pub use self::geometry::Topology;
 pub use self::hold::Hold;
 use self::hold::{Holder, Target};
 
-/// How long to wait at start for the lock: a back end that was killed holds it until the kernel has ended its last
-/// writes.
-const OPEN_PATIENCE: Duration = Duration::from_secs(1);
-
-/// How long to wait for it when a queue starts: there is a guest that nobody else can serve, so longer, for a disk that
-/// hangs may keep those writes for seconds.
-const ACQUIRE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for the lock. A back end that was killed holds it until the kernel has ended its last writes, which
+/// takes milliseconds on an idle disk, and seconds on a busy one.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What `statfs` says of file systems in memory (linux/magic.h). Not hugetlbfs, which has no write.
 const MEMORY_FILE_SYSTEMS: [u32; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
@@ -69,12 +65,21 @@ pub struct ImageOptions {
     pub block_bytes: u32,
     /// When it is locked.
     pub hold: Hold,
+    /// How long to wait for a lock that another program has.
+    pub patience: Duration,
 }
 
 impl ImageOptions {
     /// A plain disk: written by one guest while that runs, in blocks of 512 bytes, past the page cache where possible.
     pub fn new(source: Source) -> Self {
-        Self { source, read_only: false, direct: Direct::Auto, block_bytes: 512, hold: Hold::WhileServing }
+        Self {
+            source,
+            read_only: false,
+            direct: Direct::Auto,
+            block_bytes: 512,
+            hold: Hold::WhileServing,
+            patience: PATIENCE,
+        }
     }
 }
 
@@ -129,6 +134,7 @@ pub struct Image {
     access: Access,
     geometry: Geometry,
     hold: Hold,
+    patience: Duration,
     holder: Holder,
 }
 
@@ -173,6 +179,7 @@ impl Image {
             access: if kind == Kind::Null { Access::Null } else { Access::Buffered },
             geometry,
             hold: options.hold,
+            patience: options.patience,
             holder: Holder::default(),
         };
         image.check_length(bytes)?;
@@ -184,10 +191,10 @@ impl Image {
     fn look_at_lock(&self) -> Result<(), ImageError> {
         match (self.kind, self.hold) {
             (Kind::Null, _) => {}
-            (_, Hold::WhileOpen) => self.holder.acquire(self.target(), OPEN_PATIENCE)?,
+            (_, Hold::WhileOpen) => self.holder.acquire(self.target(), self.patience)?,
             // now as well, so that a second program by mistake is told at once
             (_, Hold::WhileServing) => {
-                self.holder.acquire(self.target(), OPEN_PATIENCE)?;
+                self.holder.acquire(self.target(), self.patience)?;
                 self.holder.release(self.target(), || {});
             }
             (_, Hold::Incoming) => {
@@ -258,7 +265,7 @@ impl Image {
     /// # Errors
     /// The other does not give it back. The queue must not touch the image, nor release it.
     pub fn acquire(&self) -> Result<(), ImageError> {
-        self.acquire_within(ACQUIRE_PATIENCE)
+        self.acquire_within(self.patience)
     }
 
     fn acquire_within(&self, patience: Duration) -> Result<(), ImageError> {

@@ -113,9 +113,16 @@ impl Target<'_> {
 
     fn take(self, patience: Duration) -> Result<Option<File>, ImageError> {
         let deadline = Instant::now() + patience;
+        let mut told = false;
         while !lock::try_lock(self.file.as_fd(), self.exclusive).map_err(|error| self.open_error(error))? {
             if Instant::now() > deadline {
                 return Err(ImageError::Locked { path: self.path.to_owned() });
+            }
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!(
+                    "Disk {} is in use by another program, or by what one has left: waiting up to {patience:?}",
+                    self.path.display()
+                );
             }
             std::thread::sleep(LOOK_AGAIN);
         }

@@ -16,7 +16,7 @@ fn file(bytes: u64) -> NamedTempFile {
 }
 
 fn of(path: &Path) -> ImageOptions {
-    ImageOptions::new(Source::File(path.into()))
+    ImageOptions { patience: SOON, ..ImageOptions::new(Source::File(path.into())) }
 }
 
 /// One that comes by migration.
