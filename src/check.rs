@@ -21,7 +21,7 @@ pub fn faults(config: &Config, node: &str) -> Vec<String> {
             ));
         }
     }
-    faults.extend(disk_fault(&this.disk));
+    faults.extend(disk_fault(&this.disk, config.disk.block_size));
     faults.extend([&config.vm.kernel, &config.vm.initrd].into_iter().flatten().filter_map(|path| {
         let error = File::open(path).err()?;
         Some(format!("{} cannot be read ({error}): correct vm.kernel and vm.initrd", path.display()))
@@ -58,7 +58,7 @@ pub fn faults(config: &Config, node: &str) -> Vec<String> {
     faults
 }
 
-fn disk_fault(disk: &Path) -> Option<String> {
+fn disk_fault(disk: &Path, block_bytes: u32) -> Option<String> {
     let metadata = match fs::metadata(disk) {
         Ok(metadata) => metadata,
         Err(error) => {
@@ -72,9 +72,9 @@ fn disk_fault(disk: &Path) -> Option<String> {
     if !kind.is_file() && !kind.is_block_device() {
         return Some(format!("The disk {} is neither a file nor a block device", disk.display()));
     }
-    if kind.is_file() && (metadata.len() == 0 || metadata.len() % 512 != 0) {
+    if kind.is_file() && (metadata.len() == 0 || !metadata.len().is_multiple_of(block_bytes.into())) {
         return Some(format!(
-            "The disk {} has {} bytes, which is no multiple of 512: give a raw image",
+            "The disk {} has {} bytes, which is no multiple of {block_bytes}: give a raw image",
             disk.display(),
             metadata.len()
         ));
@@ -90,4 +90,18 @@ fn is_executable(program: &Path) -> bool {
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path).any(|directory| runs(&directory.join(program)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_is_not_of_whole_blocks_is_a_fault() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(4096 + 512).unwrap();
+        assert_eq!(disk_fault(file.path(), 512), None);
+        assert!(disk_fault(file.path(), 4096).unwrap().contains("no multiple of 4096"));
+        assert!(disk_fault(Path::new("/dev/null"), 512).unwrap().contains("neither"));
+    }
 }

@@ -2,12 +2,16 @@
 //!
 //! `tuning/example.toml` is the commented example.
 
+mod disk;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+
+pub use self::disk::{CacheMode, DiskConfig};
 
 /// Why a configuration cannot be used. The text names the file, the place and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -164,18 +168,6 @@ pub struct NetConfig {
     pub poll_us: u64,
 }
 
-/// The disk.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct DiskConfig {
-    /// The back end's program.
-    pub program: PathBuf,
-    /// How long its worker polls before it sleeps, in microseconds.
-    pub poll_us: u64,
-    /// Memory for the secondary's block buffer, in bytes.
-    pub buffer_bytes: u64,
-}
-
 /// One of the two hosts.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -189,7 +181,7 @@ pub struct NodeConfig {
     /// The core that the network worker is pinned to; not pinned without it.
     #[serde(default)]
     pub net_core: Option<usize>,
-    /// The core that the disk worker is pinned to; not pinned without it.
+    /// The core that the disk's workers are pinned to; not pinned without it.
     #[serde(default)]
     pub disk_core: Option<usize>,
 }
@@ -222,12 +214,6 @@ impl Default for CheckpointConfig {
 impl Default for NetConfig {
     fn default() -> Self {
         Self { program: "vhost-net-backend".into(), poll_us: 20 }
-    }
-}
-
-impl Default for DiskConfig {
-    fn default() -> Self {
-        Self { program: "vhost-blk-backend".into(), poll_us: 20, buffer_bytes: 256 << 20 }
     }
 }
 
@@ -326,10 +312,7 @@ impl Config {
         if checkpoint.held_bytes_max < 64 << 10 {
             return Some("checkpoint.held_bytes_max must be at least 65536".into());
         }
-        if self.disk.buffer_bytes < 1 << 20 {
-            return Some("disk.buffer_bytes must be at least 1048576".into());
-        }
-        None
+        self.disk.fault(&self.node)
     }
 
     /// The name of the node that is not `node`.
@@ -415,12 +398,24 @@ mod tests {
             ("address = \"10.0.0.2\"", "address = \"10.0.0.1\"", "same link address"),
             ("port = 7470", "port = 0", "link.port"),
             ("type = \"file\"", "type = \"paper\"", "paper"),
+            ("# serial = \"\"", "serial = \"123456789012345678901\"", "disk.serial"),
+            ("# serial = \"\"", "serial = \"a b\"", "disk.serial"),
+            ("# cache = \"writeback\"", "cache = \"none\"", "expected `writeback` or `writethrough`"),
+            ("# block_size = 512", "block_size = 1024", "use 512 or 4096"),
+            ("# queues = 1", "queues = 65", "disk.queues"),
+            ("# queues = 1", "queues = 0", "disk.queues"),
+            ("# workers = 0", "workers = 2", "disk.workers"),
+            ("# buffer_bytes = 268435456", "buffer_bytes = 1", "disk.buffer_bytes"),
         ];
         for (from, to, word) in cases {
             assert!(EXAMPLE.contains(from), "{from}");
             let error = load(&EXAMPLE.replacen(from, to, 1)).unwrap_err().to_string();
             assert!(error.contains(word) && !error.contains('\n'), "{to}: {error}");
         }
+        let many = EXAMPLE.replacen("# queues = 1", "queues = 2", 1).replacen("# disk_core", "disk_core", 1);
+        let error = load(&many).unwrap_err().to_string();
+        assert!(error.contains("node.a.disk_core") && error.contains("disk.workers = 1"), "{error}");
+        load(&many.replacen("# workers = 0", "workers = 1", 1)).unwrap();
         let missing = Config::load(Path::new("/nowhere.toml")).unwrap_err().to_string();
         assert!(missing.contains("/nowhere.toml"), "{missing}");
     }

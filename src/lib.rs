@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod control;
 pub mod failover;
+pub mod inherit;
 pub mod link;
 pub mod logging;
 pub mod memory;

@@ -40,6 +40,16 @@ pub enum ClientError {
         /// The socket.
         path: PathBuf,
     },
+    /// The back end did not greet in time.
+    #[error(
+        "The back end at {path} does not greet within {limit:?}: it has another controller, or is still starting"
+    )]
+    Busy {
+        /// The socket.
+        path: PathBuf,
+        /// The limit.
+        limit: Duration,
+    },
     /// The back end did not answer in time.
     #[error("The back end at {path} did not answer {command} within {limit:?}")]
     Timeout {
@@ -80,14 +90,30 @@ impl Client {
     /// Nobody listens there, or what listens is not a back end of our version.
     pub fn connect(
         path: &Path,
+        on_event: impl FnMut(Option<Event>) + Send + 'static,
+    ) -> Result<Self, ClientError> {
+        Self::connect_within(path, GREETING_LIMIT, on_event)
+    }
+
+    /// The same for a back end that runs already: it greets at once, unless it has another controller.
+    ///
+    /// # Errors
+    /// As above, or it does not greet within `limit`.
+    pub fn connect_within(
+        path: &Path,
+        limit: Duration,
         mut on_event: impl FnMut(Option<Event>) + Send + 'static,
     ) -> Result<Self, ClientError> {
         let io_error = |error| ClientError::Io { path: path.to_owned(), error };
         let protocol = |what: String| ClientError::Protocol { path: path.to_owned(), what };
         let stream = UnixStream::connect(path).map_err(io_error)?;
-        stream.set_read_timeout(Some(GREETING_LIMIT)).map_err(io_error)?;
+        stream.set_read_timeout(Some(limit)).map_err(io_error)?;
         let mut lines = LineReader::new(stream.try_clone().map_err(io_error)?);
-        let Some((line, _)) = lines.next_line().map_err(io_error)? else {
+        let greeted = lines.next_line().map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => ClientError::Busy { path: path.to_owned(), limit },
+            _ => io_error(error),
+        })?;
+        let Some((line, _)) = greeted else {
             return Err(ClientError::Closed { path: path.to_owned() });
         };
         stream.set_read_timeout(None).map_err(io_error)?;
@@ -231,6 +257,8 @@ mod tests {
         let refused =
             client.call(&Command::Attach { role: Role::Primary, epoch: 1 }, &[], limit).unwrap_err();
         assert!(refused.to_string().contains("refuses attach"), "{refused}");
+        let busy = Client::connect_within(&path, Duration::from_millis(50), |_| ()).unwrap_err();
+        assert!(busy.to_string().contains("another controller"), "{busy}");
         drop(client);
         lost.recv_timeout(limit).unwrap();
         assert_eq!(events.recv().unwrap(), None);

@@ -5,7 +5,6 @@
 //! described for other implementers in `docs/control-protocol.md`.
 
 mod client;
-mod inherit;
 mod protocol;
 mod server;
 mod wire;

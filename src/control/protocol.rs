@@ -64,6 +64,13 @@ pub enum Command {
     TakeOver,
     /// This side has lost: nothing goes out any more, for ever.
     Silence,
+    /// Block, not protected: the disk has another length, which the guest is to be told.
+    Resize {
+        /// Make the image file this long before, if it is shorter. Without it the length that the file or device has by
+        /// now is taken over.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        bytes: Option<u64>,
+    },
     /// Ask for the figures.
     Status,
 }

@@ -31,6 +31,11 @@ pub trait Handler {
     /// The controller's connection has ended. A back end that protects a VM fails closed here: without its
     /// controller nobody takes checkpoints, and another side may take over at any time.
     fn controller_lost(&mut self);
+
+    /// Length of the disk in bytes now, for the greeting of the next controller; `None` if it cannot change.
+    fn disk_bytes(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// Sends events to the controller, from any thread. Without a controller an event is dropped.
@@ -89,7 +94,7 @@ impl Server {
     /// # Errors
     /// The number is not that of a listening Unix socket.
     pub fn inherit(number: i32) -> io::Result<Self> {
-        super::inherit::inherited_listener(number).map(Self::from_listener)
+        crate::inherit::inherited_listener(number).map(Self::from_listener)
     }
 
     /// The way to send events.
@@ -113,7 +118,9 @@ impl Server {
     }
 
     fn serve(&self, stream: UnixStream, greeting: &Greeting, handler: &mut impl Handler) -> io::Result<()> {
-        let greeting = serde_json::to_string(greeting).expect("a greeting is always JSON");
+        let mut greeting = greeting.clone();
+        greeting.disk_bytes = handler.disk_bytes().or(greeting.disk_bytes);
+        let greeting = serde_json::to_string(&greeting).expect("a greeting is always JSON");
         write_line(&stream, &greeting, &[])?;
         self.events.set(Some(stream.try_clone()?));
         let mut lines = LineReader::new(stream);

@@ -1,11 +1,13 @@
 //! Guest memory as the device servers and the checkpoint engine see it.
 
 mod dirty_log;
+mod host_map;
 mod page_set;
 mod region_log;
 mod table;
 
 pub use dirty_log::DirtyLog;
+pub use host_map::{HostMap, Piece};
 pub use page_set::PageSet;
 pub use region_log::{DirtyLogs, RegionLog, RegionLogSlice, mark_written};
 pub use table::{MemoryError, MemoryTable, Region};

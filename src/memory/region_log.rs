@@ -50,6 +50,12 @@ impl DirtyLogs {
         self.shared.missed.load(Ordering::Relaxed)
     }
 
+    /// Whether anybody logs writes: one load.
+    #[inline]
+    pub(crate) fn armed(&self) -> bool {
+        self.shared.armed.load(Ordering::Acquire) != 0
+    }
+
     fn set(armed: &AtomicU8, bit: u8, slot: &ArcSwapOption<DirtyLog>, log: Option<Arc<DirtyLog>>) {
         if log.is_some() {
             slot.store(log);
@@ -134,6 +140,13 @@ impl<'a> WithBitmapSlice<'a> for RegionLog {
 pub struct RegionLogSlice<'a> {
     log: &'a RegionLog,
     offset: usize,
+}
+
+impl RegionLogSlice<'_> {
+    /// The logs that marks are passed on to.
+    pub(super) fn logs(&self) -> &DirtyLogs {
+        &self.log.logs
+    }
 }
 
 impl WithBitmapSlice<'_> for RegionLogSlice<'_> {

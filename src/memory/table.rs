@@ -106,10 +106,47 @@ impl MemoryTable {
     /// # Errors
     /// A region is malformed or cannot be mapped; then everything stays as it was.
     pub fn replace(&mut self, regions: Vec<Region>) -> Result<(), MemoryError> {
-        let mut mapped = regions.into_iter().map(|region| self.map(region)).collect::<Result<Vec<_>, _>>()?;
+        let mapped = regions.into_iter().map(|region| self.map(region)).collect::<Result<Vec<_>, _>>()?;
+        self.install(mapped)
+    }
+
+    /// Adds one region (`ADD_MEM_REG`).
+    ///
+    /// # Errors
+    /// It is malformed, overlaps with another or cannot be mapped; then everything stays as it was.
+    pub fn add(&mut self, region: Region) -> Result<(), MemoryError> {
+        let mut mapped = self.mapped.clone();
+        mapped.push(self.map(region)?);
+        self.install(mapped)
+    }
+
+    /// Removes the region with these addresses (`REM_MEM_REG`). Returns whether there was one.
+    ///
+    /// # Errors
+    /// The others do not fit together, which cannot be.
+    pub fn remove(&mut self, guest_address: u64, bytes: u64, user_address: u64) -> Result<bool, MemoryError> {
+        let mut mapped = self.mapped.clone();
+        mapped.retain(|entry| {
+            let identity = entry.identity;
+            (identity.guest_address, identity.bytes, entry.user_address)
+                != (guest_address, bytes, user_address)
+        });
+        let removed = mapped.len() < self.mapped.len();
+        self.install(mapped)?;
+        Ok(removed)
+    }
+
+    /// How many regions there are.
+    pub fn regions(&self) -> usize {
+        self.mapped.len()
+    }
+
+    fn install(&mut self, mut mapped: Vec<Mapped>) -> Result<(), MemoryError> {
         mapped.sort_by_key(|entry| entry.identity.guest_address);
         let same = |(old, new): (&Mapped, &Mapped)| old.identity == new.identity;
-        if mapped.len() != self.mapped.len() || !self.mapped.iter().zip(&mapped).all(same) {
+        if mapped.is_empty() {
+            self.memory = Arc::default();
+        } else if mapped.len() != self.mapped.len() || !self.mapped.iter().zip(&mapped).all(same) {
             let regions = mapped.iter().map(|entry| entry.region.clone()).collect();
             self.memory = Arc::new(GuestMemory::from_arc_regions(regions)?);
         }

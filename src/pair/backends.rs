@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::event::{Device, Event};
 use crate::checkpoint::{DeviceError, Devices};
-use crate::config::{Config, NodeConfig};
+use crate::config::{Config, DiskConfig, NodeConfig};
 use crate::control::{Client, Command, Event as BackendEvent, Role};
 use crate::memory::{DirtyLog, PageSet};
 
@@ -83,13 +83,7 @@ impl Backends {
         if let Some(core) = node.net_core {
             net.arg("--core").arg(core.to_string());
         }
-        let mut block = Process::new(find_program(&config.disk.program));
-        block.arg("--blk-file").arg(&node.disk);
-        block.arg("--poll-us").arg(config.disk.poll_us.to_string());
-        block.arg("--buffer-bytes").arg(config.disk.buffer_bytes.to_string());
-        if let Some(core) = node.disk_core {
-            block.arg("--core").arg(core.to_string());
-        }
+        let block = block_process(&config.disk, node);
         Ok(Self {
             net: Backend::start(net, Device::Net, sockets, ram_pages, events)?,
             block: Backend::start(block, Device::Block, sockets, ram_pages, events)?,
@@ -138,6 +132,27 @@ impl Backends {
             Device::Block => self.block.call(&Command::Status, &[], ANSWER_LIMIT),
         }
     }
+}
+
+fn block_process(disk: &DiskConfig, node: &NodeConfig) -> Process {
+    let mut process = Process::new(find_program(&disk.program));
+    process.arg("--blk-file").arg(&node.disk);
+    process.arg("--poll-us").arg(disk.poll_us.to_string());
+    process.arg("--buffer-bytes").arg(disk.buffer_bytes.to_string());
+    process.arg("--cache").arg(disk.cache.name());
+    process.arg("--block-size").arg(disk.block_size.to_string());
+    process.arg("--queues").arg(disk.queues.to_string());
+    if disk.workers > 0 {
+        process.arg("--workers").arg(disk.workers.to_string());
+    }
+    if !disk.serial.is_empty() {
+        // in one, since it may begin with a dash
+        process.arg(format!("--serial={}", disk.serial));
+    }
+    if let Some(core) = node.disk_core {
+        process.arg("--core").arg(core.to_string());
+    }
+    process
 }
 
 impl Devices for Backends {
@@ -268,5 +283,46 @@ fn die_with_us(process: &mut Process, inherited: BorrowedFd<'_>) {
             }
             Ok(())
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::CacheMode;
+
+    #[test]
+    fn the_disk_is_served_as_it_is_configured() {
+        let node = NodeConfig {
+            address: "10.0.0.1".parse().unwrap(),
+            disk: "/srv/web.img".into(),
+            tap: "web0".into(),
+            net_core: None,
+            disk_core: Some(3),
+        };
+        let line = |disk: &DiskConfig| {
+            let process = block_process(disk, &node);
+            process.get_args().map(|word| word.to_str().unwrap()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(
+            line(&DiskConfig::default()),
+            "--blk-file /srv/web.img --poll-us 20 --buffer-bytes 268435456 --cache writeback --block-size 512 \
+             --queues 1 --core 3"
+        );
+        let other = DiskConfig {
+            serial: "-7".into(),
+            cache: CacheMode::Writethrough,
+            block_size: 4096,
+            queues: 4,
+            workers: 1,
+            ..DiskConfig::default()
+        };
+        assert!(
+            line(&other).ends_with(
+                "--cache writethrough --block-size 4096 --queues 4 --workers 1 --serial=-7 --core 3"
+            ),
+            "{}",
+            line(&other)
+        );
     }
 }

@@ -210,7 +210,7 @@ pub fn qemu_config(config: &Config, node: &str, directory: &Path) -> QemuConfig 
         append: vm.append.clone(),
         serial: vm.serial_log.as_ref().map(|path| path.replace("{node}", node).into()),
         nics: vec![Nic { socket: sockets.vhost_user(Device::Net), mac: vm.mac.clone() }],
-        disks: vec![Disk { socket: sockets.vhost_user(Device::Block), queues: 1 }],
+        disks: vec![Disk { socket: sockets.vhost_user(Device::Block), queues: config.disk.queues }],
         extra_args: vm.qemu_args.clone(),
         ..QemuConfig::default()
     }

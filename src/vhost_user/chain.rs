@@ -1,15 +1,22 @@
-//! Whether a descriptor chain is one (virtio 1.2 §2.7.5).
+//! A request of the guest: a descriptor chain (virtio 1.2 §2.7.5), read once and checked while it is read.
 //!
-//! The iterator of virtio-queue ends early at a malformed descriptor, which looks like a short chain. So a chain is
-//! checked before a device sees it. The guest may still change it afterwards; then the iterator's own checks keep every
-//! access inside guest memory, and the guest gets what it asked for.
+//! The guest may change its descriptors at any time. So each is copied out of guest memory exactly once; what was
+//! checked is what is used, and a [`Chain`] never looks at the table again. Every buffer is resolved to where it is in
+//! this process, with the mapping kept alive by the chain.
+#![expect(unsafe_code, reason = "copies between guest memory, which others change, and memory of ours")]
 
 use std::mem::size_of;
+use std::sync::Arc;
 
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::memory::GuestMemory;
+use crate::memory::{HostMap, Piece};
+
+/// A chain with more descriptors breaks its ring, as it does in QEMU. It bounds what a request makes us keep; the
+/// specification allows as many as the ring has entries, and no driver uses nearly as many.
+pub const CHAIN_DESCRIPTORS_MAX: usize = 1024;
+
+const DESCRIPTOR_BYTES: u32 = size_of::<Descriptor>() as u32;
 
 /// What is wrong with a descriptor chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,9 +29,12 @@ pub enum ChainError {
         /// Length of the table.
         size: u16,
     },
-    /// More descriptors than the table has: the chain is a loop.
+    /// More descriptors than the table has.
     #[error("The chain is a loop")]
     Loop,
+    /// More than [`CHAIN_DESCRIPTORS_MAX`].
+    #[error("The chain has more than {CHAIN_DESCRIPTORS_MAX} descriptors")]
+    Descriptors,
     /// An indirect table in an indirect table, with a successor, empty, or of a length that is no multiple of 16.
     #[error("An indirect descriptor is malformed")]
     Indirect,
@@ -44,78 +54,319 @@ pub enum ChainError {
     TooLong,
 }
 
-/// Walks the chain that begins at descriptor `head` of the table at `table` with `size` entries.
-pub(super) fn check_chain(
-    memory: &GuestMemory,
-    table: GuestAddress,
-    size: u16,
+/// A chain that was popped. Made once and filled again and again, so that popping allocates nothing.
+#[derive(Debug, Default)]
+pub struct Chain {
+    map: Option<Arc<HostMap>>,
     head: u16,
-) -> Result<(), ChainError> {
-    let mut walk = Walk { memory, bytes: 0, writable: false };
-    let mut index = head;
-    for _ in 0..size {
-        let descriptor = walk.read(table, size, index)?;
-        if descriptor.refers_to_indirect_table() {
-            return if descriptor.has_next() { Err(ChainError::Indirect) } else { walk.indirect(descriptor) };
-        }
-        walk.buffer(descriptor)?;
-        if !descriptor.has_next() {
-            return Ok(());
-        }
-        index = descriptor.next();
-    }
-    Err(ChainError::Loop)
+    pieces: Vec<Piece>,
+    /// Readable pieces that were taken off the front.
+    front: usize,
+    /// The first writable piece.
+    writable_from: usize,
+    readable_bytes: u32,
+    writable_bytes: u32,
+    /// Where the status goes, once that was taken off.
+    status: Option<Piece>,
 }
 
-struct Walk<'a> {
-    memory: &'a GuestMemory,
-    bytes: u32,
-    writable: bool,
-}
+// SAFETY: the pointers in it are into the mapping that `map` keeps alive, wherever the chain is.
+unsafe impl Send for Chain {}
 
-impl Walk<'_> {
-    fn read(&self, table: GuestAddress, size: u16, index: u16) -> Result<Descriptor, ChainError> {
-        const BYTES: u32 = size_of::<Descriptor>() as u32;
-        if index >= size {
-            return Err(ChainError::Index { index, size });
-        }
-        let offset = u64::from(index) * u64::from(BYTES);
-        let outside = || ChainError::Memory { address: table.0.saturating_add(offset), bytes: BYTES };
-        let address = table.checked_add(offset).ok_or_else(outside)?;
-        self.memory.read_obj(address).map_err(|_| outside())
+impl Chain {
+    /// An empty one.
+    pub fn new() -> Self {
+        Self::default()
     }
 
-    fn indirect(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
-        let entries = descriptor.len() / size_of::<Descriptor>() as u32;
-        let size = u16::try_from(entries).map_err(|_| ChainError::Indirect)?;
-        if size == 0 || !descriptor.len().is_multiple_of(size_of::<Descriptor>() as u32) {
-            return Err(ChainError::Indirect);
+    /// Index of its first descriptor, by which the used ring names it.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the device may read, in order, as far as it was not taken.
+    pub fn readable(&self) -> &[Piece] {
+        &self.pieces[self.front..self.writable_from]
+    }
+
+    /// What the device may write, in order.
+    pub fn writable(&self) -> &[Piece] {
+        &self.pieces[self.writable_from..]
+    }
+
+    /// Bytes in [`Chain::readable`].
+    pub fn readable_bytes(&self) -> u32 {
+        self.readable_bytes
+    }
+
+    /// Bytes in [`Chain::writable`].
+    pub fn writable_bytes(&self) -> u32 {
+        self.writable_bytes
+    }
+
+    /// Takes the first `into.len()` readable bytes off; `false`, and nothing taken, when there are fewer.
+    pub fn take_front(&mut self, into: &mut [u8]) -> bool {
+        if (self.readable_bytes as usize) < into.len() {
+            return false;
         }
-        let mut index = 0;
-        for _ in 0..size {
-            let inner = self.read(descriptor.addr(), size, index)?;
-            if inner.refers_to_indirect_table() {
-                return Err(ChainError::Indirect);
+        let mut filled = 0;
+        while filled < into.len() {
+            let piece = &mut self.pieces[self.front];
+            let bytes = (into.len() - filled).min(piece.bytes as usize);
+            copy_from(piece, &mut into[filled..filled + bytes]);
+            piece.advance(bytes as u32);
+            self.front += usize::from(piece.bytes == 0);
+            filled += bytes;
+        }
+        self.readable_bytes -= filled as u32;
+        true
+    }
+
+    /// Takes the last writable byte off, where block and SCSI devices put their status. `false`: nothing is writable.
+    pub fn take_status(&mut self) -> bool {
+        let Some(last) = self.pieces[self.writable_from..].last_mut() else {
+            return false;
+        };
+        last.bytes -= 1;
+        let bytes = last.bytes;
+        self.status = Some(Piece {
+            host: last.host.wrapping_add(bytes as usize),
+            guest: last.guest.wrapping_add(u64::from(bytes)),
+            bytes: 1,
+        });
+        if bytes == 0 {
+            self.pieces.pop();
+        }
+        self.writable_bytes -= 1;
+        true
+    }
+
+    /// Writes and marks the byte that [`Chain::take_status`] took off, if it did.
+    pub fn put_status(&self, status: u8) {
+        if let (Some(map), Some(at)) = (&self.map, self.status) {
+            // SAFETY: a byte of this chain, whose mapping `map` keeps alive; volatile, since the guest may look at it
+            // at any time.
+            unsafe { at.host.write_volatile(status) };
+            map.mark(at.guest, 1);
+        }
+    }
+
+    /// Copies the readable bytes to `into`, as far as there is room. Returns how many.
+    pub fn copy_to(&self, into: &mut [u8]) -> usize {
+        let mut filled = 0;
+        for piece in self.readable() {
+            let bytes = (into.len() - filled).min(piece.bytes as usize);
+            copy_from(piece, &mut into[filled..filled + bytes]);
+            filled += bytes;
+        }
+        filled
+    }
+
+    /// Fills the writable part with `parts`, one after the other, as far as there is room, and marks it. Returns how
+    /// many bytes were written.
+    pub fn fill(&self, parts: &[&[u8]]) -> usize {
+        let Some(map) = &self.map else {
+            return 0;
+        };
+        let mut written = 0;
+        let mut pieces = self.writable().iter().copied();
+        let mut piece = None;
+        for part in parts {
+            let mut left = *part;
+            while !left.is_empty() {
+                let Some(into) = piece.as_mut().filter(|piece: &&mut Piece| piece.bytes > 0) else {
+                    piece = pieces.next();
+                    if piece.is_none() {
+                        return written;
+                    }
+                    continue;
+                };
+                let bytes = left.len().min(into.bytes as usize);
+                // SAFETY: `into` is a piece of guest memory with at least so many bytes, kept mapped by `map`; it is
+                // no memory of ours, so it does not overlap with `left`. No reference to guest memory exists.
+                unsafe { std::ptr::copy_nonoverlapping(left.as_ptr(), into.host, bytes) };
+                map.mark(into.guest, bytes);
+                into.advance(bytes as u32);
+                left = &left[bytes..];
+                written += bytes;
             }
-            self.buffer(inner)?;
-            if !inner.has_next() {
+        }
+        written
+    }
+
+    /// Marks all of the writable part as written, after the kernel has done so.
+    pub fn mark_written(&self) {
+        if let Some(map) = &self.map {
+            for piece in self.writable() {
+                map.mark(piece.guest, piece.bytes as usize);
+            }
+        }
+    }
+
+    /// Forgets everything, the mapping included. A chain that is kept for later otherwise keeps the guest's memory.
+    pub fn clear(&mut self) {
+        *self = Self { pieces: std::mem::take(&mut self.pieces), ..Self::default() };
+        self.pieces.clear();
+    }
+
+    /// Reads the chain that begins at descriptor `head` of the table at `table` with `size` entries.
+    #[inline]
+    pub(super) fn read(&mut self, map: &Arc<HostMap>, table: Table, head: u16) -> Result<(), ChainError> {
+        if !self.map.as_ref().is_some_and(|known| Arc::ptr_eq(known, map)) {
+            self.map = Some(map.clone());
+        }
+        self.head = head;
+        self.pieces.clear();
+        (self.front, self.writable_from) = (0, 0);
+        (self.readable_bytes, self.writable_bytes, self.status) = (0, 0, None);
+        let mut index = head;
+        for _ in 0..table.size {
+            if index >= table.size {
+                return Err(ChainError::Index { index, size: table.size });
+            }
+            let descriptor = table.descriptor(index);
+            if descriptor.refers_to_indirect_table() {
+                return self.read_indirect(map, descriptor);
+            }
+            self.add(map, descriptor)?;
+            if !descriptor.has_next() {
                 return Ok(());
             }
-            index = inner.next();
+            index = descriptor.next();
         }
         Err(ChainError::Loop)
     }
 
-    fn buffer(&mut self, descriptor: Descriptor) -> Result<(), ChainError> {
-        if self.writable && !descriptor.is_write_only() {
+    /// An indirect table stands alone or last (§2.7.5.3.1 wants it alone; the kernel's vhost takes it last, so we do).
+    fn read_indirect(&mut self, map: &HostMap, descriptor: Descriptor) -> Result<(), ChainError> {
+        let (address, bytes) = (descriptor.addr().0, descriptor.len());
+        let size = u16::try_from(bytes / DESCRIPTOR_BYTES).map_err(|_| ChainError::Indirect)?;
+        if descriptor.has_next() || size == 0 || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {
+            return Err(ChainError::Indirect);
+        }
+        let mut index = 0;
+        for _ in 0..size {
+            if index >= size {
+                return Err(ChainError::Index { index, size });
+            }
+            let at = address.wrapping_add(u64::from(index) * u64::from(DESCRIPTOR_BYTES));
+            let outside = ChainError::Memory { address: at, bytes: DESCRIPTOR_BYTES };
+            let piece = map.contiguous(at, DESCRIPTOR_BYTES).ok_or(outside)?;
+            // SAFETY: the piece is that long, and `map` keeps it mapped.
+            let descriptor = unsafe { read_descriptor(piece.host) };
+            if descriptor.refers_to_indirect_table() {
+                return Err(ChainError::Indirect);
+            }
+            self.add(map, descriptor)?;
+            if !descriptor.has_next() {
+                return Ok(());
+            }
+            index = descriptor.next();
+        }
+        Err(ChainError::Loop)
+    }
+
+    #[inline]
+    fn add(&mut self, map: &HostMap, descriptor: Descriptor) -> Result<(), ChainError> {
+        let (mut address, mut bytes) = (descriptor.addr().0, descriptor.len());
+        let writable = descriptor.is_write_only();
+        if !writable && self.writable_from < self.pieces.len() {
             return Err(ChainError::Order);
         }
-        self.writable = descriptor.is_write_only();
-        let (address, bytes) = (descriptor.addr(), descriptor.len());
-        self.bytes = self.bytes.checked_add(bytes).ok_or(ChainError::TooLong)?;
-        if bytes != 0 && !self.memory.check_range(address, bytes as usize) {
-            return Err(ChainError::Memory { address: address.0, bytes });
+        let total =
+            self.readable_bytes.checked_add(self.writable_bytes).and_then(|sum| sum.checked_add(bytes));
+        total.ok_or(ChainError::TooLong)?;
+        if writable {
+            self.writable_bytes += bytes;
+        } else {
+            self.readable_bytes += bytes;
+        }
+        // An empty buffer is none, wherever it claims to be. One piece, unless it crosses into another region.
+        while bytes > 0 {
+            let piece = map.piece(address, bytes).ok_or(ChainError::Memory { address, bytes })?;
+            if self.pieces.len() == CHAIN_DESCRIPTORS_MAX {
+                return Err(ChainError::Descriptors);
+            }
+            self.pieces.push(piece);
+            address = address.wrapping_add(u64::from(piece.bytes));
+            bytes -= piece.bytes;
+        }
+        if !writable {
+            self.writable_from = self.pieces.len();
         }
         Ok(())
     }
+}
+
+/// A descriptor table that is contiguous in this process.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Table {
+    host: *const u8,
+    size: u16,
+}
+
+impl Table {
+    /// `piece` is where the `size` descriptors are.
+    ///
+    /// # Safety
+    /// The [`HostMap`] that gave the piece outlives the value.
+    ///
+    /// # Panics
+    /// When the piece is too short.
+    pub(super) unsafe fn new(piece: Piece, size: u16) -> Self {
+        assert!(piece.bytes >= u32::from(size) * DESCRIPTOR_BYTES, "a table is as long as it says");
+        Self { host: piece.host, size }
+    }
+
+    #[inline]
+    fn descriptor(self, index: u16) -> Descriptor {
+        assert!(index < self.size, "the caller has looked");
+        // SAFETY: inside the table, which `new` was promised to be mapped.
+        unsafe { read_descriptor(self.at(index)) }
+    }
+
+    #[inline]
+    fn at(self, index: u16) -> *const u8 {
+        self.host.wrapping_add(usize::from(index) * DESCRIPTOR_BYTES as usize)
+    }
+
+    /// Tells the processor that a descriptor will be wanted soon.
+    #[inline]
+    pub(super) fn prefetch(self, index: u16) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch never faults, whatever the address.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.at(index).cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = index;
+    }
+}
+
+/// Copies the descriptor at `host`.
+///
+/// # Safety
+/// It is in mapped guest memory as a whole.
+#[inline]
+unsafe fn read_descriptor(host: *const u8) -> Descriptor {
+    let words: [u64; 2] = if host.addr().is_multiple_of(align_of::<u64>()) {
+        // SAFETY: aligned, 16 bytes in mapped guest memory; volatile, since the guest may write there meanwhile.
+        unsafe { [host.cast::<u64>().read_volatile(), host.cast::<u64>().add(1).read_volatile()] }
+    } else {
+        // §2.7.5.3 asks for no alignment of an indirect table
+        let mut bytes = [0; DESCRIPTOR_BYTES as usize];
+        // SAFETY: 16 bytes in mapped guest memory, and an array of ours.
+        unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
+        let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+        [word(0), word(8)]
+    };
+    let rest = u64::from_le(words[1]);
+    Descriptor::new(u64::from_le(words[0]), rest as u32, (rest >> 32) as u16, (rest >> 48) as u16)
+}
+
+fn copy_from(piece: &Piece, into: &mut [u8]) {
+    debug_assert!(into.len() <= piece.bytes as usize, "the caller has cut it");
+    // SAFETY: a piece is that long and mapped as long as its chain lives, which the callers borrow; `into` is memory
+    // of ours. The guest may write there meanwhile: whatever is read is the guest's fault and only bytes.
+    unsafe { std::ptr::copy_nonoverlapping(piece.host, into.as_mut_ptr(), into.len()) };
 }

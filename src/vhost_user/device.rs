@@ -1,5 +1,6 @@
 //! What a device tells the server and is told by it.
 
+use super::channel::FrontendChannel;
 use super::ring::Ring;
 
 /// A virtio device behind vhost-user. The server calls from the one thread that serves the connection.
@@ -16,6 +17,11 @@ pub trait Device: Send + Sync {
     /// The configuration space (virtio 1.2 §5.x.4); empty if the frontend is to make it up, as QEMU does for the network.
     fn config_bytes(&self) -> Vec<u8>;
 
+    /// How to tell the frontend that the configuration space has changed; `None` for a device whose never does.
+    fn frontend_channel(&self) -> Option<&FrontendChannel> {
+        None
+    }
+
     /// The driver writes to the configuration space.
     ///
     /// # Errors
@@ -26,9 +32,17 @@ pub trait Device: Send + Sync {
     fn set_features(&self, features: u64);
 
     /// The ring is ready: requests may be waiting in it already, so that it has to be looked at before the first kick.
-    fn start_queue(&self, index: usize, ring: Ring);
+    ///
+    /// # Errors
+    /// A sentence that says why the device cannot serve it. The connection is closed; a frontend that reconnects tries
+    /// again.
+    fn start_queue(&self, index: usize, ring: Ring) -> Result<(), String>;
 
     /// Take no more from the ring, finish all that was taken, drop it. Returns the next available index that was not
     /// taken ([`Ring::next_avail`]). Called only for a queue that was started, and blocks until nothing is in flight.
     fn stop_queue(&self, index: usize) -> u16;
+
+    /// No queue runs any more because the frontend wants it so (the VM is paused or has ended, the driver has reset the
+    /// device), rather than for a moment while something changes. The next [`Device::start_queue`] begins anew.
+    fn quiesced(&self) {}
 }

@@ -1,18 +1,22 @@
 //! Messages on the socket: a header of 12 bytes, a payload, and descriptors that travel beside the header.
 
-use std::io::{self, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
 use vhost::vhost_user::message::{
     FrontendReq, MAX_ATTACHED_FD_ENTRIES, MAX_MSG_SIZE, VhostUserHeaderFlag, VhostUserMsgValidator,
 };
 use vm_memory::ByteValued;
 
 const HEADER_BYTES: usize = 12;
-const VERSION: u32 = 1;
+/// Version of the protocol, in the flags of every message.
+pub(super) const VERSION: u32 = 1;
 
 type Header = ([u8; HEADER_BYTES], Vec<OwnedFd>);
 
@@ -126,16 +130,36 @@ impl Message {
         MessageError::Payload { request: self.request, bytes: self.payload.len() }
     }
 
-    /// Answers this request.
-    pub(super) fn reply(&self, stream: &mut UnixStream, payload: &[u8]) -> io::Result<()> {
+    /// Answers this request, with a descriptor where the request has one in its answer.
+    pub(super) fn reply(
+        &self,
+        stream: &mut UnixStream,
+        payload: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+    ) -> io::Result<()> {
         let flags = VERSION | VhostUserHeaderFlag::REPLY.bits();
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + payload.len());
-        for word in [u32::from(self.request), flags, payload.len() as u32] {
-            bytes.extend_from_slice(&word.to_ne_bytes());
+        let mut bytes = encode(self.request.into(), flags, payload);
+        if let Some(fd) = fd {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            let fds = [fd];
+            ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+            // the descriptor goes with the first byte; what does not fit into the socket follows
+            let sent = sendmsg(&*stream, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL)?;
+            bytes.drain(..sent);
         }
-        bytes.extend_from_slice(payload);
         stream.write_all(&bytes)
     }
+}
+
+/// A message of ours as it travels.
+pub(super) fn encode(number: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + payload.len());
+    for word in [number, flags, payload.len() as u32] {
+        bytes.extend_from_slice(&word.to_ne_bytes());
+    }
+    bytes.extend_from_slice(payload);
+    bytes
 }
 
 /// Reads a header and the descriptors that came with it, which the kernel delivers with the first of its bytes.

@@ -8,19 +8,24 @@
 
 mod bind;
 mod chain;
+mod channel;
 mod device;
+mod inflight;
 mod message;
 mod ring;
 mod server;
 mod session;
+mod split;
 #[cfg(test)]
 mod tests;
 mod vring;
 
 pub use bind::bind_unix;
-pub use chain::ChainError;
+pub use chain::{CHAIN_DESCRIPTORS_MAX, Chain, ChainError};
+pub use channel::FrontendChannel;
 pub use device::Device;
+pub use inflight::InflightMemory;
 pub use message::MessageError;
-pub use ring::{Chain, Ring, RingError, RingSetup};
+pub use ring::{Ring, RingError, RingSetup};
 pub use server::{Server, serve_connection};
 pub use session::SessionError;

@@ -1,7 +1,6 @@
 //! One virtqueue, split layout (virtio 1.2 §2.7), as a device's worker uses it.
 
 use std::io;
-use std::mem::size_of;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -9,16 +8,16 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
-use virtio_bindings::bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::desc::RawDescriptor;
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+use vm_memory::GuestAddress;
 
-use super::chain::{ChainError, check_chain};
-use crate::memory::GuestMemory;
+use super::chain::Chain;
+use super::inflight::{Inflight, InflightMemory};
+use super::split::SplitQueue;
+use crate::memory::{GuestMemory, HostMap};
 
-/// A request of the guest: well formed when it was popped, every buffer inside guest memory.
-pub type Chain = DescriptorChain<Arc<GuestMemory>>;
+/// How many chains ahead are fetched into the cache.
+const PREFETCH: u16 = 8;
 
 /// What a ring is made of. Addresses are the guest's.
 #[derive(Debug)]
@@ -47,20 +46,22 @@ pub struct RingSetup {
     pub error: Option<Arc<OwnedFd>>,
     /// Counts the rings that the guest broke.
     pub broken_rings: Arc<AtomicU64>,
+    /// Where to keep what is in flight, if the frontend keeps it for us.
+    pub inflight: Option<Arc<InflightMemory>>,
 }
 
 /// Why a ring cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
     /// Size or alignment (virtio 1.2 §2.7).
-    #[error("Queue {index}: size {size} or an address is against the rules of virtio: {error}")]
+    #[error("Queue {index} with {size} entries is against the rules of virtio: {what}")]
     Layout {
         /// The queue.
         index: usize,
         /// Its size.
         size: u16,
-        /// What virtio-queue says.
-        error: virtio_queue::Error,
+        /// Which rule.
+        what: &'static str,
     },
     /// A part of the ring is not in guest memory.
     #[error("Queue {index}: its {part} is not in guest memory")]
@@ -81,17 +82,34 @@ pub enum RingError {
 }
 
 /// A ring that is running. Dropping it gives it back to the server.
+///
+/// Taking requests and answering them are each done in batches: [`Ring::add_used`] only notes an answer,
+/// [`Ring::publish_used`] makes all noted ones the driver's, and [`Ring::signal_used`] also tells it.
 #[derive(Debug)]
 pub struct Ring {
     index: usize,
-    queue: Queue,
-    memory: Arc<GuestMemory>,
+    queue: SplitQueue,
+    event_idx: bool,
+    /// The next available entry to take.
+    next_available: u16,
+    /// The driver's available index, as it was seen last.
+    available: u16,
+    /// The next used entry to write.
+    next_used: u16,
+    /// The used index as the driver sees it, and as it was when the driver was signalled or passed over last.
+    published: u16,
+    signalled: u16,
+    inflight: Option<Inflight>,
+    /// Heads that a process before this one had taken, the first to be taken last.
+    again: Vec<u16>,
+    /// The last pop came from there.
+    was_again: bool,
     kick: Arc<OwnedFd>,
+    polled: bool,
     call: Option<Arc<OwnedFd>>,
     error: Option<Arc<OwnedFd>>,
     broken_rings: Arc<AtomicU64>,
     broken: bool,
-    unsignalled: bool,
 }
 
 impl Ring {
@@ -100,29 +118,32 @@ impl Ring {
     /// # Errors
     /// The layout is malformed or outside of guest memory.
     pub fn new(setup: RingSetup) -> Result<Self, RingError> {
-        let RingSetup { index, size, memory, .. } = setup;
-        let layout = |error| RingError::Layout { index, size, error };
-        let mut queue = Queue::new(size).map_err(layout)?;
-        queue.try_set_desc_table_address(setup.descriptors).map_err(layout)?;
-        queue.try_set_avail_ring_address(setup.available).map_err(layout)?;
-        queue.try_set_used_ring_address(setup.used).map_err(layout)?;
-        let entries = usize::from(size);
-        for (part, at, bytes) in [
-            ("descriptor table", setup.descriptors, size_of::<RawDescriptor>() * entries),
-            ("available ring", setup.available, 6 + 2 * entries),
-            ("used ring", setup.used, 6 + 8 * entries),
-        ] {
-            if !memory.check_range(at, bytes) {
-                return Err(RingError::Memory { index, part });
+        let (index, size) = (setup.index, setup.size);
+        let queue = SplitQueue::new(&setup, Arc::new(HostMap::new(setup.memory.clone())))?;
+        let used = queue.used_index();
+        let mut next_available = setup.next_available;
+        let (mut inflight, mut again) = (None, Vec::new());
+        if let Some(memory) = setup.inflight {
+            let what = "it is not covered by the memory of SET_INFLIGHT_FD";
+            let refused = RingError::Layout { index, size, what };
+            if size > memory.entries() {
+                return Err(refused);
             }
+            let (taken_up, mut heads) = Inflight::take_up(memory, index, used).ok_or(refused)?;
+            if !heads.is_empty() {
+                // what was taken is what was answered and what was not
+                next_available = used.wrapping_add(heads.len() as u16);
+                tracing::info!(
+                    "Queue {index}: {} requests of a process before this one are done again",
+                    heads.len()
+                );
+            }
+            heads.reverse();
+            // it may have died between publishing and signalling
+            signal(setup.call.as_deref());
+            (inflight, again) = (Some(taken_up), heads);
         }
-        let used: u16 = memory
-            .read_obj(GuestAddress(setup.used.0 + 2))
-            .map_err(|_| RingError::Memory { index, part: "used ring" })?;
-        queue.set_event_idx(setup.event_idx);
-        queue.set_next_avail(setup.next_available);
-        queue.set_next_used(u16::from_le(used));
-        queue.set_ready(true);
+        let polled = setup.kick.is_none();
         let kick = match setup.kick {
             Some(kick) => kick,
             None => Arc::new(polling_timer().map_err(|error| RingError::Io { index, error })?),
@@ -130,19 +151,32 @@ impl Ring {
         Ok(Self {
             index,
             queue,
-            memory,
+            event_idx: setup.event_idx,
+            next_available,
+            available: next_available,
+            next_used: used,
+            published: used,
+            signalled: used,
+            inflight,
+            again,
+            was_again: false,
             kick,
+            polled,
             call: setup.call,
             error: setup.error,
             broken_rings: setup.broken_rings,
             broken: false,
-            unsignalled: false,
         })
     }
 
     /// Readable when the driver has kicked.
     pub fn kick_fd(&self) -> BorrowedFd<'_> {
         self.kick.as_fd()
+    }
+
+    /// Whether the frontend does not kick: what is readable then is a timer, which ticks on only when it is drained.
+    pub fn is_polled(&self) -> bool {
+        self.polled
     }
 
     /// Forgets the kicks so far. Does not block.
@@ -152,7 +186,7 @@ impl Ring {
 
     /// The memory that the ring's addresses are in.
     pub fn memory(&self) -> &Arc<GuestMemory> {
-        &self.memory
+        self.queue.map().memory()
     }
 
     /// Entries.
@@ -162,7 +196,7 @@ impl Ring {
 
     /// Index of the next available entry that `pop` would take.
     pub fn next_avail(&self) -> u16 {
-        self.queue.next_avail()
+        self.next_available
     }
 
     /// Whether the guest has broken the ring. It then gives nothing and takes nothing until the driver resets it.
@@ -170,71 +204,126 @@ impl Ring {
         self.broken
     }
 
+    /// Whether there are requests that a process before this one had taken. They come first, and a ring that is given
+    /// back with some of them leaves them to the next process that gets the same inflight memory.
+    pub fn has_again(&self) -> bool {
+        !self.broken && !self.again.is_empty()
+    }
+
     /// Whether `pop` would find a request.
+    #[inline]
     pub fn has_available(&mut self) -> bool {
         if self.broken {
             return false;
         }
-        match self.queue.avail_idx(&*self.memory, Ordering::Acquire) {
-            Ok(index) => index.0 != self.queue.next_avail(),
-            Err(error) => {
-                self.break_ring(&error.to_string());
-                false
-            }
-        }
+        self.available != self.next_available || !self.again.is_empty() || self.look()
     }
 
-    /// Takes the next request. A malformed one breaks the ring.
-    pub fn pop(&mut self) -> Option<Chain> {
+    /// Looks whether the driver has made more available.
+    #[inline]
+    fn look(&mut self) -> bool {
+        self.available = self.queue.available_index();
+        let more = self.available.wrapping_sub(self.next_available);
+        if more > self.queue.size() {
+            self.break_ring(&format!("The available index claims {more} requests"));
+            return false;
+        }
+        if more > 0 {
+            // the chains of a batch come from the driver's cache: fetch them while the first is worked on
+            for ahead in 0..more.min(PREFETCH) {
+                let head = self.queue.available_head(self.next_available.wrapping_add(ahead));
+                self.queue.table().prefetch(head);
+            }
+        }
+        more > 0
+    }
+
+    /// Takes the next request into `chain`. A malformed one breaks the ring.
+    #[inline]
+    pub fn pop(&mut self, chain: &mut Chain) -> bool {
         if !self.has_available() {
-            return None;
+            return false;
         }
-        let popped = self.queue.iter(self.memory.clone()).map(|mut available| available.next());
-        match popped {
-            Ok(Some(chain)) => match self.check(&chain) {
-                Ok(()) => Some(chain),
-                Err(error) => {
-                    self.break_ring(&error.to_string());
-                    None
+        self.was_again = !self.again.is_empty();
+        let head = match self.again.pop() {
+            Some(head) => head,
+            None => {
+                let head = self.queue.available_head(self.next_available);
+                let ahead = self.next_available.wrapping_add(PREFETCH);
+                if self.available.wrapping_sub(ahead) as i16 > 0 {
+                    self.queue.table().prefetch(self.queue.available_head(ahead));
                 }
-            },
-            Ok(None) => {
-                self.break_ring("The available ring cannot be read");
-                None
+                self.next_available = self.next_available.wrapping_add(1);
+                head
             }
-            Err(error) => {
-                self.break_ring(&error.to_string());
-                None
-            }
+        };
+        if let Err(error) = chain.read(self.queue.map(), self.queue.table(), head) {
+            self.break_ring(&error.to_string());
+            return false;
+        }
+        if let Some(inflight) = self.inflight.as_mut().filter(|_| !self.was_again) {
+            inflight.taken(head);
+        }
+        true
+    }
+
+    /// Puts the request that was popped last back, untouched.
+    pub fn undo_pop(&mut self, chain: &Chain) {
+        if self.was_again {
+            self.again.push(chain.head());
+            return;
+        }
+        self.next_available = self.next_available.wrapping_sub(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.put_back(chain.head());
         }
     }
 
-    /// Puts the last popped request back, untouched.
-    pub fn undo_pop(&mut self) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
-    }
-
-    /// Tells the driver that a request is done and that `bytes` were written to its writable part. All writes to guest
-    /// memory for it must have been made, and marked where the kernel made them ([`crate::memory::mark_written`]).
+    /// Notes that a request is done and that `bytes` were written to its writable part. All writes to guest memory
+    /// for it must have been made, and marked where the kernel made them ([`Chain::mark_written`]).
+    #[inline]
     pub fn add_used(&mut self, head: u16, bytes: u32) {
         if self.broken {
             return;
         }
-        self.unsignalled = true;
-        if let Err(error) = self.queue.add_used(&*self.memory, head, bytes) {
-            self.break_ring(&error.to_string());
+        self.queue.put_used(self.next_used, head, bytes);
+        self.next_used = self.next_used.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.used(head);
         }
     }
 
-    /// Signals the driver if it wants to know of what was used since the last call.
-    pub fn signal_used(&mut self) {
-        if !std::mem::take(&mut self.unsignalled) {
+    /// Makes all that was noted the driver's.
+    #[inline]
+    pub fn publish_used(&mut self) {
+        let batch = self.next_used.wrapping_sub(self.published);
+        if batch == 0 || self.broken {
             return;
         }
-        match self.wants_signal() {
-            Ok(true) => signal(self.call.as_deref()),
-            Ok(false) => {}
-            Err(error) => self.break_ring(&error.to_string()),
+        self.queue.publish_used(self.published, self.next_used);
+        self.published = self.next_used;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(self.next_used, batch);
+        }
+    }
+
+    /// Publishes, and signals the driver if it wants to know of what was published since the last call.
+    pub fn signal_used(&mut self) {
+        self.publish_used();
+        if self.signalled == self.published {
+            return;
+        }
+        // the used index must be visible before the driver's wish is read (§2.7.7.2, §2.7.10)
+        fence(Ordering::SeqCst);
+        let wanted = if self.event_idx {
+            let since = self.published.wrapping_sub(self.signalled);
+            self.published.wrapping_sub(self.queue.used_event()).wrapping_sub(1) < since
+        } else {
+            u32::from(self.queue.available_flags()) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        self.signalled = self.published;
+        if wanted {
+            signal(self.call.as_deref());
         }
     }
 
@@ -243,22 +332,26 @@ impl Ring {
         if self.broken {
             return false;
         }
-        self.queue.enable_notification(&*self.memory).unwrap_or_else(|error| {
-            self.break_ring(&error.to_string());
-            false
-        })
+        if self.event_idx {
+            self.queue.set_available_event(self.next_available);
+        } else {
+            self.queue.set_used_flags(0);
+        }
+        // the wish must be visible before the index is read (§2.7.10)
+        fence(Ordering::SeqCst);
+        self.has_available()
     }
 
-    /// Asks the driver not to kick while the worker polls.
+    /// Asks the driver not to kick while the worker polls. With EVENT_IDX there is no need to: it kicks once for the
+    /// index that was asked for last.
     pub fn disable_notification(&mut self) {
-        if !self.broken
-            && let Err(error) = self.queue.disable_notification(&*self.memory)
-        {
-            self.break_ring(&error.to_string());
+        if !self.broken && !self.event_idx {
+            self.queue.set_used_flags(VRING_USED_F_NO_NOTIFY as u16);
         }
     }
 
     /// Gives the ring up because of something that the guest did. Only the first ones of a process are logged.
+    #[cold]
     pub fn break_ring(&mut self, why: &str) {
         if std::mem::replace(&mut self.broken, true) {
             return;
@@ -271,24 +364,6 @@ impl Ring {
             );
         }
         signal(self.error.as_deref());
-    }
-
-    fn check(&self, chain: &Chain) -> Result<(), ChainError> {
-        let table = GuestAddress(self.queue.desc_table());
-        check_chain(&self.memory, table, self.queue.size(), chain.head_index())
-    }
-
-    fn wants_signal(&mut self) -> Result<bool, virtio_queue::Error> {
-        if self.queue.event_idx_enabled() {
-            return self.queue.needs_notification(&*self.memory);
-        }
-        // the used index must be visible before the driver's wish is read (virtio 1.2 §2.7.7.2)
-        fence(Ordering::SeqCst);
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 }
 

@@ -1,24 +1,23 @@
 //! The disk and its workers, as the vhost-user server and the controller see them.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use colo::vhost_user::{Device, Ring};
+use colo::vhost_user::{FrontendChannel, Ring};
+use crossbeam_channel::RecvTimeoutError;
 use serde_json::Value;
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_ID_BYTES,
-};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
-use crate::block_buffer::SECTOR_BYTES;
-use crate::image::{Image, ImageError};
-use crate::metrics::Metrics;
+use crate::image::{Image, ImageError, ImageOptions};
+use crate::metrics::{self, Metrics};
 use crate::replication::Wakers;
-use crate::request::{Limits, Operation, SEGMENT_BYTES_MAX, SEGMENTS_MAX, Status};
+use crate::request::{Limits, Operation, Status};
 use crate::worker::{Handle, Mode};
+
+/// A drain that takes longer than this is counted, and named in the log. A guest's VMM waits for it.
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 
 /// The least memory that a block buffer may have: two of the largest requests.
 pub const BUFFER_BYTES_MIN: usize = 2 * crate::request::DATA_BYTES_MAX;
@@ -26,18 +25,36 @@ pub const BUFFER_BYTES_MIN: usize = 2 * crate::request::DATA_BYTES_MAX;
 /// How a disk is served.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The raw image or block device.
-    pub blk_file: PathBuf,
-    /// Refuse writes.
-    pub read_only: bool,
+    /// What is behind it.
+    pub image: ImageOptions,
     /// What the guest reads as the disk's serial number; at most 20 bytes count.
     pub serial: String,
-    /// Number of queues, each with a worker.
+    /// Number of queues.
     pub queues: usize,
+    /// Number of threads that serve them, no more than queues: queue `i` is served by worker `i` mod `workers`.
+    pub workers: usize,
+    /// Whether the disk begins with a write cache, which the guest flushes; otherwise every write is durable when it
+    /// is answered.
+    pub writeback: bool,
     /// The longest that an idle worker polls.
     pub poll: Duration,
     /// The workers' cores, in turn; empty for none in particular.
     pub cores: Vec<usize>,
+}
+
+impl Options {
+    /// One queue, one worker that never polls, a write cache, no serial number.
+    pub fn new(image: ImageOptions) -> Self {
+        Self {
+            image,
+            serial: String::new(),
+            queues: 1,
+            workers: 1,
+            writeback: true,
+            poll: Duration::ZERO,
+            cores: Vec::new(),
+        }
+    }
 }
 
 /// Why a disk cannot be served.
@@ -63,10 +80,11 @@ pub enum StartError {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) image: Arc<Image>,
-    pub(crate) metrics: Metrics,
+    /// One for each worker.
+    pub(crate) metrics: Box<[Metrics]>,
     /// The serial number, padded with zeros (virtio 1.2 §5.2.6).
     pub(crate) serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
-    /// The driver has not negotiated flushing, so it takes every write that is answered for durable (§5.2.6.2).
+    /// The driver takes every write that is answered for durable (§5.2.6.2).
     pub(crate) write_through: AtomicBool,
     /// Writes were lost that no flush of the guest will be told of.
     pub(crate) sync_failed: AtomicBool,
@@ -74,24 +92,32 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn limits(&self) -> Limits {
-        Limits { disk_bytes: self.image.bytes(), read_only: self.image.read_only() }
+        Limits {
+            disk_bytes: self.image.bytes(),
+            block_bytes: self.image.block_bytes(),
+            read_only: self.image.read_only(),
+        }
     }
 
     /// What the guest is told of a transfer.
-    pub(crate) fn transfer_status(&self, operation: Operation, result: io::Result<()>) -> Status {
+    #[inline]
+    pub(crate) fn transfer_status(
+        &self,
+        operation: Operation,
+        result: io::Result<()>,
+        metrics: &Metrics,
+    ) -> Status {
         let flush_is_void = operation == Operation::Flush && self.sync_failed.load(Ordering::Relaxed);
         match result {
             Ok(()) if !flush_is_void => Status::Ok,
             Ok(()) => Status::IoError,
             Err(error) => {
-                let metrics = &self.metrics;
-                let count = 1 + [&metrics.read_errors, &metrics.write_errors, &metrics.flush_errors]
-                    .map(crate::metrics::Counter::get)
-                    .iter()
-                    .sum::<u64>();
+                let count = metrics.errors() + 1;
                 if count.is_power_of_two() {
                     let path = self.image.path().display();
-                    tracing::error!("Disk {path}: {operation:?} failed ({count} so far): {error}");
+                    tracing::error!(
+                        "Disk {path}: {operation:?} failed ({count} so far on its worker): {error}"
+                    );
                 }
                 Status::IoError
             }
@@ -102,35 +128,56 @@ impl Shared {
 /// A disk with its workers. Until it is told otherwise requests wait.
 #[derive(Debug)]
 pub struct Backend {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     workers: Vec<Handle>,
+    queues: usize,
+    /// What the guest reads as `writeback` when it has not chosen.
+    pub(crate) writeback: bool,
+    pub(crate) channel: FrontendChannel,
+    /// The image is locked for the rings that run. Only the server's thread looks.
+    acquired: AtomicBool,
+    /// How many drains took longer than [`DRAIN_LIMIT`], and the longest of all.
+    slow_drains: AtomicU64,
+    longest_drain_us: AtomicU64,
 }
 
 impl Backend {
-    /// Opens the image and starts a worker for each queue.
+    /// Opens the image and starts the workers.
     ///
     /// # Errors
     /// The image cannot be served, or the system refuses the workers.
     pub fn start(options: &Options) -> Result<Arc<Self>, StartError> {
-        let image = Arc::new(Image::open(&options.blk_file, options.read_only)?);
+        let image = Arc::new(Image::open(&options.image)?);
+        let workers = options.workers.clamp(1, options.queues.max(1));
         let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
             *to = from;
         }
         let shared = Arc::new(Shared {
             image,
-            metrics: Metrics::default(),
+            metrics: std::iter::repeat_with(Metrics::default).take(workers).collect(),
             serial,
-            write_through: AtomicBool::new(true),
+            write_through: AtomicBool::new(!options.writeback),
             sync_failed: AtomicBool::new(false),
         });
         let worker = |index| {
             let core = options.cores.get(index % options.cores.len().max(1)).copied();
-            Handle::start(shared.clone(), index, core, options.poll)
+            // queue i is served by worker i mod workers
+            let queues = (options.queues + workers - 1 - index) / workers;
+            Handle::start(shared.clone(), index, queues, core, options.poll)
                 .map_err(|error| StartError::Worker { index, error })
         };
-        let workers = (0..options.queues).map(worker).collect::<Result<Vec<_>, _>>()?;
-        Ok(Arc::new(Self { shared, workers }))
+        let workers = (0..workers).map(worker).collect::<Result<Vec<_>, _>>()?;
+        Ok(Arc::new(Self {
+            shared,
+            workers,
+            queues: options.queues,
+            writeback: options.writeback,
+            channel: FrontendChannel::new(),
+            acquired: AtomicBool::new(false),
+            slow_drains: AtomicU64::new(0),
+            longest_drain_us: AtomicU64::new(0),
+        }))
     }
 
     /// Serves the guest from here on: the disk is its own.
@@ -171,61 +218,89 @@ impl Backend {
         }
     }
 
+    /// Gives the disk another length ([`Image::resize`]) and tells the guest. Returns the length.
+    ///
+    /// # Errors
+    /// A sentence that says why it cannot have it.
+    pub fn resize(&self, bytes: Option<u64>) -> Result<u64, String> {
+        let before = self.shared.image.bytes();
+        let bytes = self.shared.image.resize(bytes).map_err(|error| error.to_string())?;
+        if bytes != before {
+            let path = self.shared.image.path().display();
+            tracing::info!("Disk {path}: resized from {before} to {bytes} bytes");
+            self.config_changed();
+        }
+        Ok(bytes)
+    }
+
+    /// The configuration space has changed: the guest is to read it again. One that is not connected reads it when it
+    /// is.
+    fn config_changed(&self) {
+        if !self.channel.config_changed() {
+            tracing::debug!("No frontend that could be told of the change");
+        }
+    }
+
+    /// No ring runs any more: what was written is made durable, and the image is free for another back end.
+    pub(crate) fn release(&self) {
+        if self.acquired.swap(false, Ordering::Relaxed) {
+            self.shared.image.release();
+        }
+    }
+
+    pub(crate) fn queues(&self) -> usize {
+        self.queues
+    }
+
+    /// Hands a ring to its worker, with the first of them the image being locked, if it is not from the beginning.
+    pub(crate) fn start_ring(&self, index: usize, ring: Ring) -> Result<(), ImageError> {
+        if !self.acquired.load(Ordering::Relaxed) {
+            self.shared.image.acquire()?;
+            self.acquired.store(true, Ordering::Relaxed);
+            // whoever had it before may have made it longer
+            if let Err(error) = self.resize(None) {
+                tracing::warn!("{error}");
+            }
+        }
+        let workers = self.workers.len();
+        self.workers[index % workers].start_ring(index / workers, ring);
+        Ok(())
+    }
+
+    /// Waits until nothing of a queue is in flight. Returns its next request.
+    pub(crate) fn stop_ring(&self, index: usize) -> u16 {
+        let workers = self.workers.len();
+        let began = Instant::now();
+        let stopped = self.workers[index % workers].stop_ring(index / workers);
+        let next = match stopped.recv_timeout(DRAIN_LIMIT) {
+            Err(RecvTimeoutError::Timeout) => {
+                self.slow_drains.fetch_add(1, Ordering::Relaxed);
+                let path = self.shared.image.path().display();
+                tracing::warn!(
+                    "Disk {path}: queue {index} is to stop, and after {DRAIN_LIMIT:?} its requests have not ended: \
+                     the disk is slow, or hangs"
+                );
+                stopped.recv()
+            }
+            Ok(next) => Ok(next),
+            Err(RecvTimeoutError::Disconnected) => Err(crossbeam_channel::RecvError),
+        };
+        let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.longest_drain_us.fetch_max(took_us, Ordering::Relaxed);
+        next.expect("a worker only ends when it is told")
+    }
+
     pub(crate) fn status(&self) -> Value {
-        let mut status = self.shared.metrics.to_json();
+        let mut status = metrics::to_json(&self.shared.metrics);
         status["disk_bytes"] = self.shared.image.bytes().into();
         status["disk_path"] = self.shared.image.path().display().to_string().into();
+        status["disk_access"] = self.shared.image.access().name().into();
+        status["block_bytes"] = self.shared.image.block_bytes().into();
+        status["queues"] = self.queues.into();
+        status["workers"] = self.workers.len().into();
+        status["slow_drains"] = self.slow_drains.load(Ordering::Relaxed).into();
+        status["longest_drain_us"] = self.longest_drain_us.load(Ordering::Relaxed).into();
         status["durability_lost"] = self.shared.sync_failed.load(Ordering::Relaxed).into();
         status
-    }
-}
-
-impl Device for Backend {
-    fn queues(&self) -> usize {
-        self.workers.len()
-    }
-
-    fn features(&self) -> u64 {
-        let mut bits =
-            vec![VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH];
-        if self.workers.len() > 1 {
-            bits.push(VIRTIO_BLK_F_MQ);
-        }
-        if self.shared.image.read_only() {
-            bits.push(VIRTIO_BLK_F_RO);
-        }
-        bits.iter().map(|bit| 1 << bit).sum()
-    }
-
-    /// virtio 1.2 §5.2.4, up to the fields that we have features for.
-    fn config_bytes(&self) -> Vec<u8> {
-        let mut config = Vec::with_capacity(60);
-        config.extend((self.shared.image.bytes() / SECTOR_BYTES as u64).to_le_bytes()); // capacity
-        config.extend(SEGMENT_BYTES_MAX.to_le_bytes()); // size_max
-        config.extend(SEGMENTS_MAX.to_le_bytes()); // seg_max
-        config.extend([0; 4]); // geometry
-        config.extend((SECTOR_BYTES as u32).to_le_bytes()); // blk_size
-        config.extend([0; 8]); // topology
-        config.extend([1, 0]); // writeback, and a byte that is unused
-        config.extend((self.workers.len() as u16).to_le_bytes()); // num_queues
-        config.extend([0; 24]); // discard, write zeroes
-        config
-    }
-
-    fn write_config(&self, offset: u32, _data: &[u8]) -> Result<(), String> {
-        Err(format!("The disk has no configuration that can be written (at {offset})"))
-    }
-
-    fn set_features(&self, features: u64) {
-        let through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
-        self.shared.write_through.store(through, Ordering::Relaxed);
-    }
-
-    fn start_queue(&self, index: usize, ring: Ring) {
-        self.workers[index].start_ring(ring);
-    }
-
-    fn stop_queue(&self, index: usize) -> u16 {
-        self.workers[index].stop_ring()
     }
 }

@@ -148,6 +148,17 @@ impl Controlled {
         Ok(())
     }
 
+    fn resize(&self, bytes: Option<u64>) -> Result<Value, String> {
+        match self.state {
+            State::Alone => Ok(json!({"disk_bytes": self.backend.resize(bytes)?})),
+            _ => Err(format!(
+                "The disk is {}, and a protected disk cannot be resized, since both hosts must have the same length: \
+                 stop the VM, resize both images, start it again",
+                self.name()
+            )),
+        }
+    }
+
     fn silence(&mut self) {
         self.backend.set_mode(&Mode::Held);
         match std::mem::replace(&mut self.state, State::Silenced) {
@@ -207,9 +218,14 @@ impl Handler for Controlled {
             Command::Detach => self.detach()?,
             Command::TakeOver => self.take_over()?,
             Command::Silence => self.silence(),
+            Command::Resize { bytes } => return self.resize(bytes),
             Command::Status => return Ok(self.status()),
         }
         Ok(json!({}))
+    }
+
+    fn disk_bytes(&self) -> Option<u64> {
+        Some(self.backend.image().bytes())
     }
 
     fn controller_lost(&mut self) {

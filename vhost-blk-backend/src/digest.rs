@@ -12,7 +12,7 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-use crate::image::Image;
+use crate::image::{Direct, Hold, Image, ImageOptions, Source};
 
 const CHUNK_BYTES: usize = 1 << 20;
 
@@ -21,7 +21,13 @@ const CHUNK_BYTES: usize = 1 << 20;
 /// # Errors
 /// The file cannot be opened or read.
 pub fn digest(path: &Path) -> io::Result<(u64, u128)> {
-    let image = Image::open(path, true).map_err(io::Error::other)?;
+    let options = ImageOptions {
+        read_only: true,
+        direct: Direct::Off,
+        hold: Hold::WhileOpen,
+        ..ImageOptions::new(Source::File(path.to_owned()))
+    };
+    let image = Image::open(&options).map_err(io::Error::other)?;
     Ok((image.bytes(), digest_of(image.file(), image.bytes())?))
 }
 

@@ -9,14 +9,16 @@
 pub mod backend;
 pub mod block_buffer;
 pub mod control;
+mod device;
 pub mod digest;
 mod disk_ring;
-mod guest_data;
 pub mod image;
+mod inline;
 mod lock;
 mod metrics;
 mod replication;
 pub mod request;
 mod taken;
+mod transfer;
 pub mod wire;
 mod worker;

@@ -1,65 +1,34 @@
 //! `vhost-blk-backend`: serves a disk to one virtual machine.
 
-use std::convert::Infallible;
-use std::path::PathBuf;
-use std::process::ExitCode;
-use std::time::Duration;
+mod arguments;
+mod order;
 
-use anyhow::{Context, bail, ensure};
-use clap::{ArgGroup, Parser};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use clap::Parser;
 use colo::control;
+use colo::inherit::{Inherited, inherited_socket};
 use colo::memory::DirtyLogs;
 use colo::vhost_user;
-use vhost_blk_backend::backend::{BUFFER_BYTES_MIN, Backend, Options};
+use vhost_blk_backend::backend::Backend;
 use vhost_blk_backend::control::Controlled;
 
-/// Serves a raw disk image or block device to a virtual machine as a vhost-user-blk device.
-///
-/// Alone it is a plain back end: give its --socket-path to QEMU as
-/// `-chardev socket,id=disk,path=… -device vhost-user-blk-pci,chardev=disk,num-queues=1`, with guest RAM in a
-/// shared memory backend. Under `colo run`, which starts it with --control-path and --protected, it replicates the
-/// disk to a peer.
-#[derive(Debug, Parser)]
-#[command(version, group = ArgGroup::new("control").args(["control_path", "control_fd"]))]
-struct Arguments {
-    /// Unix socket on which the VMM is awaited
-    #[arg(long, value_name = "PATH")]
-    socket_path: PathBuf,
-    /// Unix socket on which a controller is awaited
-    #[arg(long, value_name = "PATH")]
-    control_path: Option<PathBuf>,
-    /// The same, as the number of an open descriptor that is listening already
-    #[arg(long, value_name = "NUMBER", conflicts_with = "control_path")]
-    control_fd: Option<i32>,
-    /// Touch the disk only as a controller says: until it attaches a peer, requests wait
-    #[arg(long, requires = "control", conflicts_with = "read_only")]
-    protected: bool,
-    /// Raw disk image or block device; its length must be a multiple of 512 bytes
-    #[arg(long, value_name = "PATH")]
-    blk_file: PathBuf,
-    /// Refuse writes; several back ends may then serve one image
-    #[arg(long)]
-    read_only: bool,
-    /// Serial number of the disk, at most 20 bytes
-    #[arg(long, default_value = "", value_name = "TEXT")]
-    serial: String,
-    /// Number of queues, each with a worker thread; QEMU's num-queues must not be greater
-    #[arg(long, default_value_t = 1, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=256))]
-    queues: u16,
-    /// The longest that an idle worker polls before it sleeps, in microseconds; the window adapts, 0 is never to poll
-    #[arg(long, default_value_t = 50, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u64).range(..=1_000_000))]
-    poll_us: u64,
-    /// Cores for the workers, by number, separated by commas: the first queue's, the second's, and so on
-    #[arg(long, value_delimiter = ',', value_name = "CORES")]
-    core: Vec<usize>,
-    /// Limit of the block buffer's memory in bytes; when it is nearly full, a checkpoint is asked for
-    #[arg(long, default_value_t = 256 << 20, value_name = "BYTES")]
-    buffer_bytes: usize,
-}
+use crate::arguments::{Arguments, CAPABILITIES, Serve, asks_for_capabilities};
 
 fn main() -> ExitCode {
-    match serve(Arguments::parse()) {
-        Ok(never) => match never {},
+    if asks_for_capabilities(std::env::args_os().skip(1)) {
+        println!("{CAPABILITIES}");
+        return ExitCode::SUCCESS;
+    }
+    let arguments = Arguments::parse();
+    let result = match &arguments.order {
+        Some(order) => order::give(order),
+        None => serve(&arguments.serve),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-blk-backend: {error:#}");
             ExitCode::FAILURE
@@ -67,53 +36,71 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(arguments: Arguments) -> anyhow::Result<Infallible> {
-    // before anything else is opened: the descriptor is known by its number only
+/// Serves for ever, or one connection that was inherited until it ends.
+fn serve(arguments: &Serve) -> anyhow::Result<()> {
+    let options = arguments.options()?;
+    // before anything else is opened: the descriptors are known by their numbers only
+    let inherited = arguments.fd.map(inherited_socket).transpose().context("--fd")?;
     let control = match (arguments.control_fd, &arguments.control_path) {
         (Some(number), _) => Some(control::Server::inherit(number).context("--control-fd")?),
         (None, Some(path)) => Some(control::Server::bind(path).context("The control socket cannot be made")?),
         (None, None) => None,
     };
     colo::logging::start().map_err(anyhow::Error::msg)?;
-    ensure!(
-        arguments.serial.len() <= 20,
-        "--serial has {} bytes, a virtio disk's serial number has at most 20",
-        arguments.serial.len()
-    );
-    ensure!(
-        arguments.buffer_bytes >= BUFFER_BYTES_MIN,
-        "--buffer-bytes is {}, at least {BUFFER_BYTES_MIN} are needed",
-        arguments.buffer_bytes
-    );
-    let backend = Backend::start(&Options {
-        blk_file: arguments.blk_file,
-        read_only: arguments.read_only,
-        serial: arguments.serial,
-        queues: arguments.queues.into(),
-        poll: Duration::from_micros(arguments.poll_us),
-        cores: arguments.core,
-    })?;
+    let backend = Backend::start(&options)?;
     let logs = DirtyLogs::new();
-    let server = vhost_user::Server::bind(&arguments.socket_path, backend.clone(), logs.clone())
-        .context("The vhost-user socket cannot be made")?;
+    let bound = match &arguments.socket_path {
+        Some(path) => Some(
+            vhost_user::Server::bind(path, backend.clone(), logs.clone())
+                .context("The vhost-user socket cannot be made")?,
+        ),
+        None => None,
+    };
     match control {
         None => backend.serve_alone(),
-        Some(control) => {
-            let events = control.events();
-            let mut controlled =
-                Controlled::new(backend, logs, events, arguments.protected, arguments.buffer_bytes)
-                    .context("The digest of the disk")?;
-            std::thread::Builder::new().name("control".into()).spawn(move || {
-                let greeting = controlled.greeting();
-                let Err(error) = control.run(&greeting, &mut controlled) else {
-                    return;
-                };
-                // Nobody could tell us any more that the peer has taken over: fail stop.
-                tracing::error!("Control socket: {error}");
-                std::process::exit(1);
-            })?;
-        }
+        Some(control) => start_control(control, &backend, &logs, arguments)?,
     }
-    server.run().context("The vhost-user socket has failed")?;
+    match (bound, inherited) {
+        (Some(server), _) => server.run().context("The vhost-user socket has failed")?,
+        (None, Some(Inherited::Connected(stream))) => {
+            return vhost_user::serve_connection(&*backend, &logs, stream)
+                .context("The vhost-user connection was closed");
+        }
+        (None, Some(Inherited::Listening(listener))) => loop {
+            let (stream, _) = listener.accept().context("The vhost-user socket has failed")?;
+            tracing::info!("vhost-user socket: connected");
+            match vhost_user::serve_connection(&*backend, &logs, stream) {
+                Ok(()) => tracing::info!("vhost-user socket: disconnected"),
+                Err(error) => tracing::error!("vhost-user socket: closed the connection: {error}"),
+            }
+        },
+        (None, None) => unreachable!("one of the group is required"),
+    }
     bail!("The vhost-user server has ended")
+}
+
+fn start_control(
+    control: control::Server,
+    backend: &Arc<Backend>,
+    logs: &DirtyLogs,
+    arguments: &Serve,
+) -> anyhow::Result<()> {
+    let mut controlled = Controlled::new(
+        backend.clone(),
+        logs.clone(),
+        control.events(),
+        arguments.protected,
+        arguments.buffer_bytes,
+    )
+    .context("The digest of the disk")?;
+    std::thread::Builder::new().name("control".into()).spawn(move || {
+        let greeting = controlled.greeting();
+        let Err(error) = control.run(&greeting, &mut controlled) else {
+            return;
+        };
+        // Nobody could tell us any more that the peer has taken over: fail stop.
+        tracing::error!("Control socket: {error}");
+        std::process::exit(1);
+    })?;
+    Ok(())
 }

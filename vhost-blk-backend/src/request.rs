@@ -1,14 +1,14 @@
-//! What a descriptor chain asks of the disk: virtio-blk requests, laid out over descriptors in any way.
+//! What a descriptor chain asks of the disk, understood before any of it is carried out. Not trusted in any way.
 //!
 //! A request is sixteen bytes of header, then the data; one status byte is the very last that the device may write
 //! (virtio 1.2 §5.2.6). The device must not care where descriptors begin and end (§2.7.4).
 
+use colo::vhost_user::Chain;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::block_buffer::SECTOR_BYTES;
 
@@ -24,7 +24,22 @@ pub const DATA_BYTES_MAX: usize = 16 << 20;
 
 const _: () = assert!(SEGMENTS_MAX as usize * SEGMENT_BYTES_MAX as usize <= DATA_BYTES_MAX);
 
-const HEADER_BYTES: u32 = 16;
+/// The most sectors of one range of a discard: 2 GiB.
+pub const DISCARD_SECTORS_MAX: u32 = 1 << 22;
+
+/// The most ranges of one discard.
+pub const DISCARD_EXTENTS_MAX: u32 = 16;
+
+/// The most sectors of a write of zeros. A primary sends them to its peer as any other write, so they obey its limit.
+pub const ZEROES_SECTORS_MAX: u32 = (DATA_BYTES_MAX / SECTOR_BYTES) as u32;
+
+/// The most ranges of a write of zeros.
+pub const ZEROES_EXTENTS_MAX: u32 = 1;
+
+const HEADER_BYTES: usize = 16;
+
+/// `struct virtio_blk_discard_write_zeroes`: sector u64, num_sectors u32, flags u32.
+const EXTENT_BYTES: usize = 16;
 
 /// How a request ended, as the guest is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,55 +53,41 @@ pub enum Status {
     Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
 }
 
-/// A piece of guest memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    /// Where it starts.
-    pub address: GuestAddress,
-    /// Its length in bytes, never 0.
-    pub bytes: u32,
-}
-
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Read from the disk at this byte into the segments.
+    /// Read from the disk at this byte into the chain's writable part.
     Read(u64),
-    /// Write the segments to the disk at this byte.
+    /// Write the chain's readable part to the disk at this byte.
     Write(u64),
     /// Make what was written durable.
     Flush,
-    /// Put the serial number into the segments.
+    /// Put the serial number into the chain's writable part.
     GetId,
+    /// Forget the content of the extents.
+    Discard,
+    /// Make the content of the extents zeros.
+    WriteZeroes,
 }
 
-/// Where the status byte goes, and the lengths for the used ring.
+/// A range of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Answer {
-    status_at: GuestAddress,
-    /// Bytes that the device may write before the status byte.
-    writable_bytes: u32,
+pub struct Extent {
+    /// Its first byte.
+    pub offset: u64,
+    /// Its length.
+    pub bytes: u64,
+    /// Its blocks may be given back to the file system.
+    pub unmap: bool,
 }
 
-impl Answer {
-    /// Puts the status where the driver looks for it, and returns the length for the used ring: how many bytes from
-    /// the first writable one on were written (virtio 1.2 §2.7.8.2). `written` tells whether all writable bytes
-    /// before the status were. A status address outside of guest memory gives 0.
-    pub fn give(&self, memory: &impl GuestMemoryBackend, status: Status, written: bool) -> u32 {
-        if memory.write_obj(status as u8, self.status_at).is_err() {
-            return 0;
-        }
-        if written || self.writable_bytes == 0 { self.writable_bytes + 1 } else { 0 }
-    }
-}
-
-/// A chain, understood. The data segments are in the vector that was given to [`parse`].
+/// A chain, understood. Header and status have been taken off it, what is left is data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parsed {
     /// Carry it out, then answer.
-    Request(Operation, Answer),
+    Request(Operation),
     /// Answer with this status at once.
-    Refused(Status, Answer),
+    Refused(Status),
     /// There is no place for a status: return the chain with length 0.
     Unanswerable,
 }
@@ -96,127 +97,95 @@ pub enum Parsed {
 pub struct Limits {
     /// Its length in bytes.
     pub disk_bytes: u64,
+    /// Requests begin and end at multiples of so many bytes.
+    pub block_bytes: u32,
     /// Whether writes are refused.
     pub read_only: bool,
 }
 
-/// Understands a chain. `segments` is emptied and then filled with the data part, in order.
-pub fn parse(
-    chain: impl Iterator<Item = Descriptor>,
-    memory: &impl GuestMemoryBackend,
-    limits: Limits,
-    segments: &mut Vec<Segment>,
-) -> Parsed {
-    segments.clear();
-    let Some(layout) = Layout::read(chain, memory, segments) else {
-        return Parsed::Unanswerable;
-    };
-    let Layout { header, readable, writable_from, writable_bytes, in_order } = layout;
-    let last = segments.last_mut().expect("a layout has a writable byte");
-    let status_at = GuestAddress(last.address.0.wrapping_add(u64::from(last.bytes - 1)));
-    last.bytes -= 1;
-    if last.bytes == 0 {
-        segments.pop();
-    }
-    let answer = Answer { status_at, writable_bytes: writable_bytes - 1 };
-    let refuse = |status| Parsed::Refused(status, answer);
-    let Some(header) = header.filter(|_| in_order) else {
-        return refuse(Status::IoError);
-    };
-    let u32_at = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
-    let sector = u64::from_le_bytes(header[8..16].try_into().expect("8 bytes"));
-    let on_disk = |bytes: u32| {
+impl Limits {
+    /// The byte at which `sector` begins, if so many bytes from there on are blocks of the disk.
+    fn on_disk(&self, sector: u64, bytes: u64) -> Option<u64> {
         let offset = sector.checked_mul(SECTOR_BYTES as u64)?;
         let whole =
-            bytes > 0 && (bytes as usize).is_multiple_of(SECTOR_BYTES) && bytes as usize <= DATA_BYTES_MAX;
-        (whole && offset.checked_add(u64::from(bytes))? <= limits.disk_bytes).then_some(offset)
+            offset.is_multiple_of(self.block_bytes.into()) && bytes.is_multiple_of(self.block_bytes.into());
+        (whole && offset.checked_add(bytes)? <= self.disk_bytes).then_some(offset)
+    }
+
+    fn transfer(&self, sector: u64, bytes: u32) -> Option<u64> {
+        if bytes == 0 || bytes as usize > DATA_BYTES_MAX {
+            return None;
+        }
+        self.on_disk(sector, bytes.into())
+    }
+}
+
+/// Understands a chain. `extents` is filled by a request that has some.
+#[inline]
+pub fn parse(chain: &mut Chain, limits: Limits, extents: &mut Vec<Extent>) -> Parsed {
+    if !chain.take_status() {
+        return Parsed::Unanswerable;
+    }
+    let mut header = [0; HEADER_BYTES];
+    if !chain.take_front(&mut header) {
+        return Parsed::Refused(Status::IoError);
+    }
+    let kind = u32::from_le_bytes(header[..4].try_into().expect("4 bytes"));
+    let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
+    let done = match kind {
+        VIRTIO_BLK_T_IN => limits.transfer(sector, chain.writable_bytes()).map(Operation::Read),
+        VIRTIO_BLK_T_OUT if limits.read_only => None,
+        VIRTIO_BLK_T_OUT => limits.transfer(sector, chain.readable_bytes()).map(Operation::Write),
+        VIRTIO_BLK_T_FLUSH => Some(Operation::Flush),
+        VIRTIO_BLK_T_GET_ID => (chain.writable_bytes() >= VIRTIO_BLK_ID_BYTES).then_some(Operation::GetId),
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+            return match read_extents(chain, limits, kind == VIRTIO_BLK_T_DISCARD, extents) {
+                Ok(operation) => Parsed::Request(operation),
+                Err(status) => Parsed::Refused(status),
+            };
+        }
+        _ => return Parsed::Refused(Status::Unsupported),
     };
-    match u32_at(0) {
-        VIRTIO_BLK_T_IN => {
-            segments.drain(..writable_from);
-            match on_disk(answer.writable_bytes) {
-                Some(offset) => Parsed::Request(Operation::Read(offset), answer),
-                None => refuse(Status::IoError),
-            }
-        }
-        VIRTIO_BLK_T_OUT => {
-            segments.truncate(writable_from);
-            match on_disk(readable - HEADER_BYTES) {
-                Some(offset) if !limits.read_only => Parsed::Request(Operation::Write(offset), answer),
-                _ => refuse(Status::IoError),
-            }
-        }
-        VIRTIO_BLK_T_FLUSH => Parsed::Request(Operation::Flush, answer),
-        VIRTIO_BLK_T_GET_ID => {
-            segments.drain(..writable_from);
-            if answer.writable_bytes < VIRTIO_BLK_ID_BYTES {
-                return refuse(Status::IoError);
-            }
-            Parsed::Request(Operation::GetId, answer)
-        }
-        _ => refuse(Status::Unsupported),
-    }
+    done.map_or(Parsed::Refused(Status::IoError), Parsed::Request)
 }
 
-/// The parts of a chain that has a place for the status.
-struct Layout {
-    /// `None`: too short, or not in guest memory.
-    header: Option<[u8; HEADER_BYTES as usize]>,
-    /// All readable bytes, those of the header included.
-    readable: u32,
-    /// Index of the first writable segment.
-    writable_from: usize,
-    /// All writable bytes, at least one.
-    writable_bytes: u32,
-    /// Nothing readable came after something writable (§2.7.4.2).
-    in_order: bool,
-}
-
-impl Layout {
-    /// Collects data segments (without the header) and lengths. `None`: the chain is broken, or nothing is writable.
-    fn read(
-        chain: impl Iterator<Item = Descriptor>,
-        memory: &impl GuestMemoryBackend,
-        segments: &mut Vec<Segment>,
-    ) -> Option<Self> {
-        let mut header = [0; HEADER_BYTES as usize];
-        let mut header_sound = true;
-        let mut layout =
-            Self { header: None, readable: 0, writable_from: 0, writable_bytes: 0, in_order: true };
-        let mut ended = false;
-        let mut last_is_writable = false;
-        for descriptor in chain {
-            // The iterator ends early at whatever is wrong with a chain; a last descriptor that names a next one
-            // tells. Sums cannot overflow: it ends where the chain exceeds 2^32 bytes.
-            ended = !descriptor.has_next();
-            let mut segment = Segment { address: descriptor.addr(), bytes: descriptor.len() };
-            if segment.bytes == 0 {
-                continue;
-            }
-            last_is_writable = descriptor.is_write_only();
-            if last_is_writable {
-                layout.writable_bytes += segment.bytes;
-                segments.push(segment);
-                continue;
-            }
-            layout.in_order &= layout.writable_bytes == 0;
-            let have = layout.readable.min(HEADER_BYTES);
-            layout.readable += segment.bytes;
-            let take = segment.bytes.min(HEADER_BYTES - have);
-            let part = &mut header[have as usize..(have + take) as usize];
-            header_sound &= memory.read_slice(part, segment.address).is_ok();
-            segment.address = GuestAddress(segment.address.0.wrapping_add(u64::from(take)));
-            segment.bytes -= take;
-            if segment.bytes > 0 {
-                segments.push(segment);
-            }
-            if layout.writable_bytes == 0 {
-                layout.writable_from = segments.len();
-            }
-        }
-        layout.header = (header_sound && layout.readable >= HEADER_BYTES).then_some(header);
-        (ended && last_is_writable).then_some(layout)
+fn read_extents(
+    chain: &Chain,
+    limits: Limits,
+    discard: bool,
+    extents: &mut Vec<Extent>,
+) -> Result<Operation, Status> {
+    let (operation, extents_max, sectors_max, flags_known) = if discard {
+        (Operation::Discard, DISCARD_EXTENTS_MAX, DISCARD_SECTORS_MAX, 0)
+    } else {
+        let unmap = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+        (Operation::WriteZeroes, ZEROES_EXTENTS_MAX, ZEROES_SECTORS_MAX, unmap)
+    };
+    let mut data = [0; DISCARD_EXTENTS_MAX as usize * EXTENT_BYTES];
+    let bytes = chain.readable_bytes() as usize;
+    let whole =
+        bytes > 0 && bytes.is_multiple_of(EXTENT_BYTES) && bytes <= extents_max as usize * EXTENT_BYTES;
+    if !whole || limits.read_only {
+        return Err(Status::IoError);
     }
+    chain.copy_to(&mut data[..bytes]);
+    extents.clear();
+    for extent in data[..bytes].chunks_exact(EXTENT_BYTES) {
+        let u32_at = |at: usize| u32::from_le_bytes(extent[at..at + 4].try_into().expect("4 bytes"));
+        let sector = u64::from_le_bytes(extent[..8].try_into().expect("8 bytes"));
+        let (sectors, flags) = (u32_at(8), u32_at(12));
+        // a flag that is not known, and for a discard any (§5.2.6.2)
+        if flags & !flags_known != 0 {
+            return Err(Status::Unsupported);
+        }
+        let bytes = u64::from(sectors) * SECTOR_BYTES as u64;
+        let offset =
+            limits.on_disk(sector, bytes).filter(|_| sectors <= sectors_max).ok_or(Status::IoError)?;
+        if bytes > 0 {
+            extents.push(Extent { offset, bytes, unmap: flags != 0 });
+        }
+    }
+    Ok(operation)
 }
 
 #[cfg(test)]

@@ -2,84 +2,81 @@
 
 use std::sync::Arc;
 
-use colo::vhost_user::Ring;
+use colo::vhost_user::{Chain, Ring};
 
 use crate::metrics::Metrics;
 use crate::replication::primary::Primary;
-use crate::request::{Answer, Operation, Status};
+use crate::request::{Operation, Status};
 
 /// Dropping one unsettled is a bug that would make the guest wait for ever, and panics. So a queue is drained when as
 /// many were settled as were taken, and nothing else needs to be known.
 #[derive(Debug)]
 pub(crate) struct Taken {
-    head: u16,
+    /// Which of the worker's queues it came from.
+    queue: u16,
     operation: Operation,
-    answer: Answer,
+    /// Of data.
     bytes: u64,
-    /// A write that the primary has forwarded and still counts as on its way to the local disk.
-    admitted: Option<Arc<Primary>>,
+    /// A write that the primary has forwarded and still counts as on its way to the local disk, and where that is.
+    admitted: Option<(Arc<Primary>, u64)>,
     settled: bool,
 }
 
 impl Taken {
     /// A request with `bytes` of data.
-    pub(crate) fn new(
-        head: u16,
-        operation: Operation,
-        answer: Answer,
-        bytes: u64,
-        metrics: &Metrics,
-    ) -> Self {
+    #[inline]
+    pub(crate) fn new(queue: u16, operation: Operation, bytes: u64, metrics: &Metrics) -> Self {
         metrics.taken.add(1);
-        Self { head, operation, answer, bytes, admitted: None, settled: false }
+        Self { queue, operation, bytes, admitted: None, settled: false }
+    }
+
+    pub(crate) fn queue(&self) -> u16 {
+        self.queue
     }
 
     pub(crate) fn operation(&self) -> Operation {
         self.operation
     }
 
-    /// The primary has let the write go.
-    pub(crate) fn admitted(mut self, primary: Arc<Primary>) -> Self {
-        self.admitted = Some(primary);
+    /// How much data it is about.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The primary has let the write at `offset` go.
+    pub(crate) fn admitted(mut self, primary: Arc<Primary>, offset: u64) -> Self {
+        self.admitted = Some((primary, offset));
         self
     }
 
-    /// Tells the guest how it ended. What was read has been marked in the dirty logs.
-    pub(crate) fn settle(mut self, ring: &mut Ring, metrics: &Metrics, status: Status) {
+    /// Tells the guest how it ended; the ring still has to publish it. What was read has been marked in the dirty logs.
+    #[inline]
+    pub(crate) fn settle(mut self, ring: &mut Ring, chain: &Chain, metrics: &Metrics, status: Status) {
         self.settled = true;
-        if let (Some(primary), Operation::Write(offset)) = (&self.admitted, self.operation) {
-            primary.written(offset, self.bytes);
+        if let Some((primary, offset)) = &self.admitted {
+            primary.written(*offset, self.bytes);
         }
-        let read = matches!(self.operation, Operation::Read(_) | Operation::GetId);
-        let written = read && status == Status::Ok;
-        let used = self.answer.give(&**ring.memory(), status, written);
-        ring.add_used(self.head, used);
+        let sound = status == Status::Ok;
+        chain.put_status(status as u8);
+        // How many bytes from the first writable one on were written (virtio 1.2 §2.7.8.2), the status being the last.
+        let all = chain.writable_bytes() + 1;
+        let written = match self.operation {
+            Operation::Read(_) if sound => all,
+            Operation::GetId if sound && self.bytes < u64::from(all - 1) => self.bytes as u32,
+            Operation::GetId if sound => all,
+            _ if all == 1 => 1,
+            _ => 0,
+        };
+        ring.add_used(chain.head(), written);
         metrics.answered.add(1);
-        let failed = u64::from(status != Status::Ok);
-        match self.operation {
-            Operation::Read(_) => {
-                metrics.reads.add(1);
-                metrics.read_bytes.add(self.bytes);
-                metrics.read_errors.add(failed);
-            }
-            Operation::Write(_) => {
-                metrics.writes.add(1);
-                metrics.written_bytes.add(self.bytes);
-                metrics.write_errors.add(failed);
-            }
-            Operation::Flush => {
-                metrics.flushes.add(1);
-                metrics.flush_errors.add(failed);
-            }
-            Operation::GetId => {}
-        }
+        metrics.count(self.operation, self.bytes, sound);
     }
 
     /// Leaves it in the ring as if it had not been taken. It must be the one that was taken last.
-    pub(crate) fn put_back(mut self, ring: &mut Ring, metrics: &Metrics) {
+    pub(crate) fn put_back(mut self, ring: &mut Ring, chain: &Chain, metrics: &Metrics) {
         assert!(self.admitted.is_none(), "an admitted write is under way");
         self.settled = true;
-        ring.undo_pop();
+        ring.undo_pop(chain);
         metrics.answered.add(1);
     }
 }

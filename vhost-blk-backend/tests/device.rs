@@ -12,6 +12,7 @@ use colo::vhost_user::Device;
 use guest::*;
 use tempfile::NamedTempFile;
 use vhost_blk_backend::backend::{Backend, Options};
+use vhost_blk_backend::image::{Direct, ImageOptions, Source};
 
 const DISK_BYTES: u64 = 4 << 20;
 
@@ -22,14 +23,8 @@ fn disk() -> NamedTempFile {
 }
 
 fn options(disk: &NamedTempFile) -> Options {
-    Options {
-        blk_file: disk.path().into(),
-        read_only: false,
-        serial: "the-serial".into(),
-        queues: 1,
-        poll: Duration::from_micros(20),
-        cores: vec![],
-    }
+    let image = ImageOptions { direct: Direct::Off, ..ImageOptions::new(Source::File(disk.path().into())) };
+    Options { serial: "the-serial".into(), poll: Duration::from_micros(20), ..Options::new(image) }
 }
 
 fn served(disk: &NamedTempFile) -> (Arc<Backend>, Guest) {
@@ -137,7 +132,8 @@ fn wrong_requests_are_told_so_and_change_nothing() {
 #[test]
 fn a_read_only_disk_is_offered_as_such_and_refuses_writes() {
     let disk = disk();
-    let options = Options { read_only: true, ..options(&disk) };
+    let mut options = options(&disk);
+    options.image.read_only = true;
     let backend = Backend::start(&options).unwrap();
     backend.serve_alone();
     assert_ne!(backend.features() & 1 << 5, 0);

@@ -64,8 +64,9 @@ impl Device for NetDevice {
         self.tell(Order::Features(features));
     }
 
-    fn start_queue(&self, index: usize, ring: Ring) {
+    fn start_queue(&self, index: usize, ring: Ring) -> Result<(), String> {
         self.tell(Order::Start { queue: index, ring: Box::new(ring) });
+        Ok(())
     }
 
     fn stop_queue(&self, index: usize) -> u16 {

@@ -62,16 +62,29 @@ proptest! {
         }
         driver.write(AVAILABLE + 2, available);
         let mut ring = Ring::new(driver.setup(map(&ram, &DirtyLogs::new()), event_idx)).unwrap();
-        let memory = ring.memory().clone();
+        let mut chain = Chain::new();
         for _ in 0..9 {
-            let Some(chain) = ring.pop() else { break };
-            let bytes: usize = chain.clone().map(|descriptor| descriptor.len() as usize).sum();
-            let mut reader = chain.clone().reader(&memory).unwrap();
-            let mut writer = chain.clone().writer(&memory).unwrap();
-            prop_assert_eq!(reader.available_bytes() + writer.available_bytes(), bytes);
-            std::io::copy(&mut (&mut reader).take(4096), &mut std::io::sink()).unwrap();
-            let _ = writer.write(&[0xff; 64]);
-            ring.add_used(chain.head_index(), 64);
+            if !ring.pop(&mut chain) {
+                break;
+            }
+            for (pieces, bytes) in
+                [(chain.readable(), chain.readable_bytes()), (chain.writable(), chain.writable_bytes())]
+            {
+                let inside = |piece: &crate::memory::Piece| {
+                    piece.bytes() > 0 && piece.guest_address() + u64::from(piece.bytes()) <= RAM_BYTES
+                };
+                prop_assert!(pieces.iter().all(inside));
+                prop_assert_eq!(pieces.iter().map(crate::memory::Piece::bytes).sum::<u32>(), bytes);
+            }
+            let (readable, writable) = (chain.readable_bytes() as usize, chain.writable_bytes() as usize);
+            let mut front = [0; 5];
+            let taken = if chain.take_front(&mut front) { 5 } else { 0 };
+            prop_assert_eq!(chain.copy_to(&mut vec![0; 4096]), (readable - taken).min(4096));
+            prop_assert_eq!(chain.take_status(), writable > 0);
+            chain.put_status(0xee);
+            prop_assert_eq!(chain.fill(&[&[0xff; 64]]), writable.saturating_sub(1).min(64));
+            chain.mark_written();
+            ring.add_used(chain.head(), 64);
             ring.signal_used();
         }
         ring.enable_notification();

@@ -124,6 +124,7 @@ impl Driver {
             call: Some(event()),
             error: Some(event()),
             broken_rings: Arc::default(),
+            inflight: None,
         }
     }
 }
@@ -136,6 +137,7 @@ struct Shelf {
     rings: Mutex<[Option<Ring>; 2]>,
     changed: Condvar,
     starts: AtomicU64,
+    channel: Option<FrontendChannel>,
 }
 
 impl Shelf {
@@ -164,6 +166,10 @@ impl Device for Shelf {
         self.config.lock().unwrap().clone()
     }
 
+    fn frontend_channel(&self) -> Option<&FrontendChannel> {
+        self.channel.as_ref()
+    }
+
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), String> {
         let mut config = self.config.lock().unwrap();
         let at = offset as usize..offset as usize + data.len();
@@ -176,13 +182,15 @@ impl Device for Shelf {
         self.features.store(features, Ordering::SeqCst);
     }
 
-    fn start_queue(&self, index: usize, ring: Ring) {
+    fn start_queue(&self, index: usize, ring: Ring) -> Result<(), String> {
         assert!(self.rings.lock().unwrap()[index].replace(ring).is_none());
         self.starts.fetch_add(1, Ordering::SeqCst);
         self.changed.notify_all();
+        Ok(())
     }
 
     fn stop_queue(&self, index: usize) -> u16 {
-        self.rings.lock().unwrap()[index].take().unwrap().next_avail()
+        // there is none when a test has made away with it, as death does
+        self.rings.lock().unwrap()[index].take().map_or(0, |ring| ring.next_avail())
     }
 }

@@ -1,12 +1,15 @@
 //! The server over a socket pair: the `vhost` crate's frontend, and QEMU's messages in QEMU's order.
 
-use std::io::{IoSlice, Read};
+use std::io::{IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 use vhost::vhost_user::message::*;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
@@ -92,8 +95,9 @@ fn the_crates_frontend_drives_a_device() {
     kick.write(1).unwrap();
     device.with_ring(1, |ring| {
         ring.drain_kick();
-        let head = ring.pop().unwrap().head_index();
-        ring.add_used(head, 0);
+        let mut chain = Chain::new();
+        assert!(ring.pop(&mut chain));
+        ring.add_used(chain.head(), 0);
         ring.signal_used();
     });
     assert_eq!(call.read().unwrap(), 1);
@@ -149,6 +153,21 @@ impl Qemu {
         let mut payload = vec![0; word(8) as usize];
         self.0.read_exact(&mut payload).unwrap();
         payload
+    }
+
+    fn receive_with_fd(&mut self, request: FrontendReq) -> (Vec<u8>, OwnedFd) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let mut message = [0; 12 + size_of::<VhostUserInflight>()];
+        let into = &mut [IoSliceMut::new(&mut message)];
+        let received = recvmsg(&self.0, into, &mut ancillary, RecvFlags::WAITALL).unwrap();
+        assert_eq!(received.bytes, message.len());
+        assert_eq!(message[..4], u32::from(request).to_ne_bytes());
+        let fd = ancillary.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        (message[12..].to_vec(), fd.expect("a descriptor"))
     }
 
     fn ask(&mut self, request: FrontendReq) -> u64 {
@@ -219,10 +238,10 @@ fn qemus_order_with_stop_cont_and_migration() {
     start(&mut qemu, features, &ram, 0, &kick, &call);
     let work = |device: &Shelf| {
         device.with_ring(0, |ring| {
-            let chain = ring.pop().unwrap();
-            let memory = ring.memory().clone();
-            memory.write_obj(1u8, GuestAddress(0x8000)).unwrap();
-            ring.add_used(chain.head_index(), 1);
+            let mut chain = Chain::new();
+            assert!(ring.pop(&mut chain));
+            assert_eq!(chain.fill(&[&[1]]), 1);
+            ring.add_used(chain.head(), 1);
             ring.signal_used();
         });
     };
@@ -293,6 +312,143 @@ fn qemus_order_with_stop_cont_and_migration() {
     assert_eq!(qemu.vring_base(0), 5);
     drop(qemu);
     server.join().unwrap().unwrap();
+}
+
+#[test]
+fn a_back_end_that_was_killed_is_followed_by_one_that_does_the_rest() {
+    let ram = memfd(RAM_BYTES);
+    let mut driver = Driver::new(&ram, 8);
+    let (masked, kick, call) = (event(), event(), event());
+    for index in 0..8 {
+        driver.descriptor(index, 0x8000 + u64::from(index) * 16, 16, 2, 0);
+    }
+    let asked = VhostUserInflight::new(0, 0, 2, 8);
+    let mut kept: Option<(VhostUserInflight, OwnedFd)> = None;
+    let mut unanswered: Vec<u16> = Vec::new();
+    for round in 0..20u16 {
+        let device = Arc::new(Shelf::default());
+        let (stream, server) = serve(&device, &DirtyLogs::new());
+        let mut qemu = Qemu(stream);
+        let offered = greet(&mut qemu, &masked);
+        if kept.is_none() {
+            qemu.send(FrontendReq::GET_INFLIGHT_FD, 0, asked.as_slice(), &[]);
+            let (payload, fd) = qemu.receive_with_fd(FrontendReq::GET_INFLIGHT_FD);
+            let mut answer = VhostUserInflight::default();
+            answer.as_mut_slice().copy_from_slice(&payload);
+            kept = Some((answer, fd));
+        }
+        let (answer, fd) = kept.as_ref().unwrap();
+        qemu.send(FrontendReq::SET_INFLIGHT_FD, 0, answer.as_slice(), &[fd.as_fd()]);
+        // QEMU knows no better than the used index
+        let used = driver.read(USED + 2);
+        signals(&call);
+        start(&mut qemu, offered & !LOG_ALL, &ram, used.into(), &kick, &call);
+        qemu.ask(FrontendReq::GET_FEATURES);
+        if !unanswered.is_empty() {
+            assert_ne!(signals(&call), 0, "the driver looks again, whatever it was told before");
+        }
+        let rest = std::mem::take(&mut unanswered);
+        let mut new: Vec<u16> = (0..8).filter(|head| !rest.contains(head)).collect();
+        let turn = (usize::from(round) % 3).min(new.len());
+        new.rotate_left(turn);
+        new.iter().for_each(|head| driver.offer(*head));
+        device.with_ring(0, |ring| {
+            assert_eq!(ring.has_again(), !rest.is_empty());
+            let mut heads = Vec::new();
+            let mut chain = Chain::new();
+            while ring.pop(&mut chain) {
+                heads.push(chain.head());
+                if heads.len() == 3 {
+                    // one that has to wait, and then does not
+                    ring.undo_pop(&chain);
+                    assert!(ring.pop(&mut chain));
+                    assert_eq!(Some(&chain.head()), heads.last());
+                }
+            }
+            assert_eq!(heads, [rest, new].concat(), "round {round}");
+            // some are answered, in another order, and one more is noted but not published
+            let (answered, skip) = (usize::from(round) % 8, usize::from(round) % 5);
+            let answers: Vec<u16> = heads.iter().cycle().skip(skip).take(answered + 1).copied().collect();
+            for head in &answers[..answered] {
+                ring.add_used(*head, 0);
+                ring.publish_used();
+            }
+            ring.add_used(answers[answered], 0);
+            // what is left, in the order in which it was taken
+            heads.retain(|head| !answers[..answered].contains(head));
+            unanswered = heads;
+        });
+        // killed: nothing is given back in good order
+        let ring = device.rings.lock().unwrap()[0].take();
+        std::mem::forget(ring);
+        drop(qemu);
+        server.join().unwrap().unwrap();
+    }
+}
+
+#[test]
+fn regions_come_and_go_one_by_one() {
+    let device = Arc::new(Shelf::default());
+    let (stream, server) = serve(&device, &DirtyLogs::new());
+    let mut qemu = Qemu(stream);
+    let (masked, kick) = (event(), event());
+    let offered = greet(&mut qemu, &masked);
+    assert_ne!(qemu.ask(FrontendReq::GET_PROTOCOL_FEATURES) & 1 << 15, 0);
+    assert!(qemu.ask(FrontendReq::GET_MAX_MEM_SLOTS) >= 32);
+    let ram = memfd(2 * RAM_BYTES);
+    let region = |at: u64| VhostUserSingleMemoryRegion::new(at, RAM_BYTES, USER + at, at);
+    let add = |qemu: &mut Qemu, at| {
+        qemu.send(FrontendReq::ADD_MEM_REG, 8, region(at).as_slice(), &[ram.as_fd()]);
+        assert_eq!(qemu.receive(FrontendReq::ADD_MEM_REG), [0; 8]);
+    };
+    let remove = |qemu: &mut Qemu, at| {
+        qemu.send(FrontendReq::REM_MEM_REG, 8, region(at).as_slice(), &[]);
+        qemu.receive(FrontendReq::REM_MEM_REG)
+    };
+    add(&mut qemu, 0);
+    qemu.number(FrontendReq::SET_FEATURES, offered & !LOG_ALL);
+    qemu.state(FrontendReq::SET_VRING_NUM, 0, 8);
+    qemu.addresses(0, false);
+    qemu.fd(FrontendReq::SET_VRING_KICK, 0, &kick);
+    add(&mut qemu, RAM_BYTES);
+    let regions = |device: &Shelf| {
+        device.with_ring(0, |ring| vm_memory::GuestMemoryBackend::num_regions(&**ring.memory()))
+    };
+    assert_eq!(regions(&device), 2);
+    assert_eq!(remove(&mut qemu, RAM_BYTES), [0; 8]);
+    assert_eq!(regions(&device), 1);
+    // the ring's own region: it waits until that is back
+    assert_eq!(remove(&mut qemu, 0), [0; 8]);
+    assert!(!device.runs(0));
+    add(&mut qemu, RAM_BYTES);
+    assert!(!device.runs(0));
+    add(&mut qemu, 0);
+    assert_eq!(regions(&device), 2);
+    // one that is not there is refused
+    assert_eq!(remove(&mut qemu, 7 * RAM_BYTES), [1, 0, 0, 0, 0, 0, 0, 0]);
+    assert!(server.join().unwrap().is_err());
+}
+
+#[test]
+fn a_change_of_the_configuration_is_told_on_the_frontends_channel() {
+    let device = Arc::new(Shelf { channel: Some(FrontendChannel::new()), ..Shelf::default() });
+    let channel = device.channel.as_ref().unwrap();
+    assert!(!channel.config_changed(), "there is nobody to tell");
+    let (stream, server) = serve(&device, &DirtyLogs::new());
+    let mut qemu = Qemu(stream);
+    assert_ne!(qemu.ask(FrontendReq::GET_PROTOCOL_FEATURES) & 1 << 5, 0);
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    qemu.send(FrontendReq::SET_BACKEND_REQ_FD, 0, &[], &[theirs.as_fd()]);
+    drop(theirs);
+    qemu.ask(FrontendReq::GET_FEATURES);
+    assert!(channel.config_changed());
+    let mut header = [0; 12];
+    ours.read_exact(&mut header).unwrap();
+    assert_eq!(header, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    drop(qemu);
+    server.join().unwrap().unwrap();
+    assert!(!channel.config_changed());
+    assert_eq!(ours.read(&mut header).unwrap(), 0);
 }
 
 #[test]

@@ -13,6 +13,12 @@ fn pair(size: u16, event_idx: bool) -> (Driver, Ring, Arc<OwnedFd>) {
     (driver, Ring::new(setup).unwrap(), call)
 }
 
+/// The head of the next request.
+fn pop(ring: &mut Ring) -> Option<u16> {
+    let mut chain = Chain::new();
+    ring.pop(&mut chain).then(|| chain.head())
+}
+
 #[test]
 fn requests_come_in_order_and_go_back_in_any() {
     let (mut driver, mut ring, _) = pair(4, false);
@@ -23,21 +29,24 @@ fn requests_come_in_order_and_go_back_in_any() {
         for head in [3, 1, 0] {
             driver.offer(head);
         }
-        let heads: Vec<u16> = std::iter::from_fn(|| ring.pop()).map(|chain| chain.head_index()).collect();
+        let heads: Vec<u16> = std::iter::from_fn(|| pop(&mut ring)).collect();
         assert_eq!(heads, [3, 1, 0], "round {round}");
         for head in [0, 3, 1] {
             ring.add_used(head, u32::from(head) + 7);
         }
+        assert_eq!(driver.take_used(), None, "not published yet");
+        ring.publish_used();
         let used: Vec<_> = std::iter::from_fn(|| driver.take_used()).collect();
         assert_eq!(used, [(0, 7), (3, 10), (1, 8)]);
     }
     driver.offer(2);
     assert!(ring.has_available());
     let before = ring.next_avail();
-    assert!(ring.pop().is_some() && ring.pop().is_none());
-    ring.undo_pop();
+    let mut chain = Chain::new();
+    assert!(ring.pop(&mut chain) && pop(&mut ring).is_none());
+    ring.undo_pop(&chain);
     assert_eq!(ring.next_avail(), before);
-    assert_eq!(ring.pop().unwrap().head_index(), 2);
+    assert_eq!(pop(&mut ring), Some(2));
 }
 
 #[test]
@@ -50,7 +59,7 @@ fn without_event_idx_flags_say_who_wants_signals() {
     assert!(!driver.no_notify());
     driver.offer(0);
     assert!(ring.enable_notification(), "a request that came meanwhile is not slept over");
-    ring.pop().unwrap();
+    pop(&mut ring).unwrap();
 
     ring.add_used(0, 0);
     ring.signal_used();
@@ -71,7 +80,7 @@ fn with_event_idx_indices_say_it() {
     assert_eq!(driver.avail_event(), 0);
     for _ in 0..5 {
         driver.offer(0);
-        ring.pop().unwrap();
+        pop(&mut ring).unwrap();
     }
     assert!(!ring.enable_notification());
     assert_eq!(driver.avail_event(), 5);
@@ -110,8 +119,9 @@ fn a_new_ring_goes_on_where_the_old_one_stopped() {
             driver.offer(0);
         }
         for _ in 0..3 {
-            let head = ring.pop().unwrap().head_index();
+            let head = pop(&mut ring).unwrap();
             ring.add_used(head, 0);
+            ring.publish_used();
             assert!(driver.take_used().is_some());
         }
         driver.available = driver.available.wrapping_sub(2);
@@ -137,13 +147,18 @@ fn every_write_is_logged_and_no_other_page() {
     driver.descriptor(0, 0x8000, 16, VRING_DESC_F_NEXT, 1);
     driver.descriptor(1, 0xafff, 2, VRING_DESC_F_WRITE, 0);
     driver.offer(0);
-    let chain = ring.pop().unwrap();
+    let mut chain = Chain::new();
+    assert!(ring.pop(&mut chain));
     assert_eq!(drained(), Vec::<u64>::new(), "looking changes nothing");
-    let memory = ring.memory().clone();
-    let mut writer = chain.clone().writer(&memory).unwrap();
-    std::io::Write::write_all(&mut writer, b"ab").unwrap();
+    assert_eq!(chain.fill(&[b"a", b"bc"]), 2);
     assert_eq!(drained(), [0xa, 0xb]);
-    ring.add_used(chain.head_index(), 2);
+    chain.mark_written();
+    assert_eq!(drained(), [0xa, 0xb]);
+    assert!(chain.take_status());
+    chain.put_status(0);
+    assert_eq!(drained(), [0xb]);
+    ring.add_used(chain.head(), 2);
+    ring.publish_used();
     assert_eq!(drained(), [USED / 4096]);
     ring.enable_notification();
     assert_eq!(drained(), [USED / 4096], "the event index is the guest's memory too");
@@ -192,17 +207,18 @@ fn malformed_chains_break_the_ring_and_nothing_else() {
         make(&driver);
         driver.offer(head);
         driver.offer(7);
-        assert_eq!(ring.pop().unwrap().head_index(), 7);
-        assert!(ring.pop().is_none(), "{name}");
-        assert!(ring.is_broken() && ring.pop().is_none() && !ring.enable_notification(), "{name}");
+        assert_eq!(pop(&mut ring), Some(7));
+        assert!(pop(&mut ring).is_none(), "{name}");
+        assert!(ring.is_broken() && pop(&mut ring).is_none() && !ring.enable_notification(), "{name}");
         ring.add_used(7, 0);
+        ring.signal_used();
         assert_eq!(driver.take_used(), None, "{name}");
         assert_eq!((signals(&error), broken.load(Ordering::SeqCst)), (1, 1), "{name}");
     }
     // and an available index that claims more than there is
     let (driver, mut ring, _) = pair(8, true);
     driver.write(AVAILABLE + 2, 9u16);
-    assert!(ring.pop().is_none() && ring.is_broken());
+    assert!(pop(&mut ring).is_none() && ring.is_broken());
 }
 
 #[test]
@@ -213,9 +229,9 @@ fn a_ring_outside_of_memory_is_refused() {
     let refused = |setup| Ring::new(setup).unwrap_err().to_string();
     assert!(refused(RingSetup { used: GuestAddress(RAM_BYTES - 64), ..setup() }).contains("used ring"));
     assert!(refused(RingSetup { available: GuestAddress(u64::MAX - 1), ..setup() }).contains("available"));
-    assert!(refused(RingSetup { descriptors: GuestAddress(8), ..setup() }).contains("rules"));
-    assert!(refused(RingSetup { size: 7, ..setup() }).contains("size 7"));
-    assert!(refused(RingSetup { size: 0, ..setup() }).contains("size 0"));
+    assert!(refused(RingSetup { descriptors: GuestAddress(8), ..setup() }).contains("not aligned to 16"));
+    assert!(refused(RingSetup { size: 7, ..setup() }).contains("with 7 entries"));
+    assert!(refused(RingSetup { size: 0, ..setup() }).contains("with 0 entries"));
 }
 
 #[test]

@@ -17,6 +17,8 @@ pub const IN: u32 = 0;
 pub const OUT: u32 = 1;
 pub const FLUSH: u32 = 4;
 pub const GET_ID: u32 = 8;
+pub const DISCARD: u32 = 11;
+pub const WRITE_ZEROES: u32 = 13;
 
 pub const OK: u8 = 0;
 pub const IO_ERROR: u8 = 1;
@@ -59,11 +61,18 @@ pub struct Guest {
     seen: u16,
     free: Vec<usize>,
     event_idx: bool,
+    queue: usize,
 }
 
 impl Guest {
     /// A guest whose queue 0 is running on `device`.
     pub fn start(device: Arc<Backend>, logs: DirtyLogs) -> Self {
+        device.set_features(device.features());
+        Self::on_queue(0, device, logs)
+    }
+
+    /// A guest, with memory of its own, whose one queue is this one of `device`.
+    pub fn on_queue(queue: usize, device: Arc<Backend>, logs: DirtyLogs) -> Self {
         let ram = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&ram, RAM_BYTES).unwrap();
         let map = |logs| {
@@ -89,8 +98,8 @@ impl Guest {
             seen: 0,
             free: (0..SLOTS as usize).rev().collect(),
             event_idx: true,
+            queue,
         };
-        guest.device.set_features(guest.device.features());
         guest.resume(0);
         guest
     }
@@ -101,12 +110,12 @@ impl Guest {
 
     /// As the VMM does when the VM pauses. Returns the index that the ring goes on from.
     pub fn pause(&self) -> u16 {
-        self.device.stop_queue(0)
+        self.device.stop_queue(self.queue)
     }
 
     pub fn resume(&self, next_available: u16) {
         let setup = RingSetup {
-            index: 0,
+            index: self.queue,
             size: QUEUE_SIZE,
             descriptors: GuestAddress(DESCRIPTORS),
             available: GuestAddress(AVAILABLE),
@@ -118,8 +127,9 @@ impl Guest {
             call: Some(self.call.clone()),
             error: None,
             broken_rings: Arc::default(),
+            inflight: None,
         };
-        self.device.start_queue(0, Ring::new(setup).unwrap());
+        self.device.start_queue(self.queue, Ring::new(setup).unwrap()).unwrap();
     }
 
     /// How many requests the device has taken and ended, by the used ring.
@@ -292,6 +302,22 @@ impl Guest {
         assert_eq!((ended.status, ended.used), (OK, 1));
     }
 
+    /// A discard or a write of zeros of extents (sector, sectors, flags).
+    pub fn begin_clear(&mut self, kind: u32, extents: &[(u64, u32, u32)]) -> usize {
+        let data: Vec<u8> = extents
+            .iter()
+            .flat_map(|(sector, sectors, flags)| {
+                [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+            })
+            .collect();
+        let slot = self.next_slot();
+        self.set_data(slot, &data);
+        self.offer(kind, 0, |slot| {
+            let data = (Self::data_at(slot), data.len() as u32, false);
+            vec![Self::header_part(slot), data, Self::status_part(slot)]
+        })
+    }
+
     pub fn begin_flush(&mut self) -> usize {
         self.offer(FLUSH, 0, |slot| vec![Self::header_part(slot), Self::status_part(slot)])
     }
@@ -299,6 +325,6 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        self.device.stop_queue(0);
+        self.device.stop_queue(self.queue);
     }
 }

@@ -1,5 +1,5 @@
 //! One side of a pair: a protected disk, its guest, and a controller on the control socket.
-#![allow(unreachable_pub, reason = "a module of a test")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses its own part")]
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -13,6 +13,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use vhost_blk_backend::backend::{Backend, Options};
 use vhost_blk_backend::control::Controlled;
+use vhost_blk_backend::image::{Direct, Hold, ImageOptions, Source};
 
 use crate::guest::Guest;
 
@@ -32,15 +33,12 @@ impl Side {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk");
         std::fs::write(&path, content).unwrap();
-        let backend = Backend::start(&Options {
-            blk_file: path,
-            read_only: false,
-            serial: String::new(),
-            queues: 1,
-            poll: Duration::ZERO,
-            cores: vec![],
-        })
-        .unwrap();
+        let image = ImageOptions {
+            direct: Direct::Off,
+            hold: Hold::WhileOpen,
+            ..ImageOptions::new(Source::File(path))
+        };
+        let backend = Backend::start(&Options::new(image)).unwrap();
         let logs = DirtyLogs::new();
         let socket = directory.path().join("control");
         let server = Server::bind(&socket).unwrap();
@@ -65,6 +63,11 @@ impl Side {
         let on_event = move |event| drop(sender.send(event));
         self.client = Some(Client::connect(&self.directory.path().join("control"), on_event).unwrap());
         self.events = events;
+    }
+
+    /// What the controller was told at its arrival.
+    pub fn greeted_disk_bytes(&self) -> Option<u64> {
+        self.client.as_ref().expect("a controller").greeting().disk_bytes
     }
 
     pub fn tell(&mut self, command: &Command) -> Result<Value, String> {

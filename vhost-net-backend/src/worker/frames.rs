@@ -15,15 +15,14 @@ impl Worker {
         };
         let mut any = false;
         while let Some(frame) = protection.undelivered.front()
-            && let Some(chain) = ring.pop()
+            && ring.pop(&mut self.chain)
         {
             any = true;
-            let head = chain.head_index();
-            match frame::to_guest(&ring.memory().clone(), chain, self.header_bytes, frame) {
-                Some(used) => ring.add_used(head, used),
+            match frame::to_guest(&self.chain, self.header_bytes, frame) {
+                Some(used) => ring.add_used(self.chain.head(), used),
                 None => {
                     self.counters.guest_too_long += 1;
-                    ring.undo_pop();
+                    ring.undo_pop(&self.chain);
                 }
             }
             protection.undelivered.pop();
@@ -41,23 +40,20 @@ impl Worker {
     }
 
     pub(super) fn guest_output(&mut self) -> bool {
-        let Some(memory) = self.rings[TX].as_ref().map(|ring| ring.memory().clone()) else {
-            return false;
-        };
         let mut any = false;
         for _ in 0..BATCH_FRAMES {
             if !self.takes_output() {
                 break;
             }
-            let Some((ring, chain)) =
-                self.rings[TX].as_mut().and_then(|ring| ring.pop().map(|chain| (ring, chain)))
-            else {
+            let Some(ring) = &mut self.rings[TX] else {
                 break;
             };
+            if !ring.pop(&mut self.chain) {
+                break;
+            }
             any = true;
-            let head = chain.head_index();
-            let frame = frame::from_guest(&memory, chain, self.header_bytes, &mut self.frame);
-            ring.add_used(head, 0);
+            let frame = frame::from_guest(&mut self.chain, self.header_bytes, &mut self.frame);
+            ring.add_used(self.chain.head(), 0);
             let Some(frame) = frame else {
                 self.counters.guest_malformed += 1;
                 continue;
@@ -89,9 +85,9 @@ impl Worker {
     }
 
     pub(super) fn lan_input(&mut self) -> io::Result<bool> {
-        let Some(memory) = self.rings[RX].as_ref().map(|ring| ring.memory().clone()) else {
+        if self.rings[RX].is_none() {
             return if self.lan() == Lan::Ignore { self.ignore_lan() } else { Ok(false) };
-        };
+        }
         let mut any = false;
         for _ in 0..BATCH_FRAMES {
             match self.lan() {
@@ -115,26 +111,25 @@ impl Worker {
             }
             self.counters.lan_frames += 1;
             self.counters.lan_bytes += bytes as u64;
-            let Some(chain) = ring.pop() else {
+            if !ring.pop(&mut self.chain) {
                 break;
-            };
-            if frame::room(&chain, self.header_bytes) < bytes {
+            }
+            if frame::room(&self.chain, self.header_bytes) < bytes {
                 self.counters.guest_too_long += 1;
-                ring.undo_pop();
+                ring.undo_pop(&self.chain);
                 continue;
             }
             if let Mode::Protected(protection) = &mut self.mode {
                 // mirrored, and delivered in the same breath
-                ring.undo_pop();
+                ring.undo_pop(&self.chain);
                 protection.lan_input(frame);
                 self.carry_out();
                 self.deliver();
                 continue;
             }
-            let head = chain.head_index();
-            match frame::to_guest(&memory, chain, self.header_bytes, frame) {
-                Some(used) => ring.add_used(head, used),
-                None => ring.undo_pop(),
+            match frame::to_guest(&self.chain, self.header_bytes, frame) {
+                Some(used) => ring.add_used(self.chain.head(), used),
+                None => ring.undo_pop(&self.chain),
             }
         }
         if let Some(ring) = &mut self.rings[RX] {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use colo::control::{Command, EventSender};
 use colo::runtime::{Mailbox, Polling};
-use colo::vhost_user::Ring;
+use colo::vhost_user::{Chain, Ring};
 use crossbeam_channel::Sender;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
@@ -108,6 +108,8 @@ pub struct Worker {
     polling: Polling,
     counters: Counters,
     frame: Box<[u8; FRAME_BYTES_MAX]>,
+    /// The request in hand; between two turns nothing is in it.
+    chain: Chain,
 }
 
 /// What a worker is told once.
@@ -135,6 +137,7 @@ impl Worker {
             polling: Polling::new(settings.window),
             counters: Counters::default(),
             frame: vec![0; FRAME_BYTES_MAX].try_into().expect("as long as it is made"),
+            chain: Chain::new(),
         }
     }
 
@@ -186,6 +189,8 @@ impl Worker {
                     // nothing of a ring is ever in flight between two turns
                     let ring = self.rings.get_mut(queue).and_then(Option::take);
                     let next = ring.map_or(0, |ring| ring.next_avail());
+                    // it would keep the guest's memory mapped
+                    self.chain.clear();
                     let _ = done.send(next);
                 }
                 Order::Features(features) => {

@@ -17,6 +17,7 @@ impl Worker {
     pub(super) fn command(&mut self, command: &Command, link: Option<OwnedFd>) -> Result<Value, String> {
         match (command, &mut self.mode) {
             (Command::Status, _) => return Ok(self.status()),
+            (Command::Resize { .. }, _) => return Err("Only a disk can be resized".into()),
             (Command::Attach { .. }, Mode::Protected(_)) => {
                 return Err("This back end is or was one half of a pair; start another".into());
             }

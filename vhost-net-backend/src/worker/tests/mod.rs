@@ -191,6 +191,7 @@ impl Bench {
                 call: Some(self.queues[queue].call.clone()),
                 error: None,
                 broken_rings: Arc::default(),
+                inflight: None,
             });
             self.orders.send(Order::Start { queue, ring: Box::new(ring.unwrap()) }).unwrap();
         }

@@ -1,25 +1,27 @@
 //! One frontend's connection: what it has told so far, and what each of its messages changes.
 
-use std::os::fd::OwnedFd;
+mod memory;
+
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserLog, VhostUserMemory, VhostUserMemoryRegion,
-    VhostUserProtocolFeatures, VhostUserU64, VhostUserVirtioFeatures, VhostUserVringAddr,
-    VhostUserVringState,
+    FrontendReq, VhostUserConfig, VhostUserProtocolFeatures, VhostUserU64, VhostUserVirtioFeatures,
+    VhostUserVringAddr, VhostUserVringState,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::ByteValued;
 
 use super::device::Device;
+use super::inflight::InflightMemory;
 use super::message::{Message, MessageError};
 use super::ring::{Ring, RingError, RingSetup, signal};
-use super::vring::{Kick, Vring};
-use crate::memory::{DirtyLog, DirtyLogs, MemoryError, MemoryTable, Region};
+use super::vring::{Addresses, Kick, Vring};
+use crate::memory::{DirtyLog, DirtyLogs, MemoryError, MemoryTable};
 
 /// In the u64 of SET_VRING_KICK, _CALL and _ERR: no descriptor comes along.
 const VRING_NO_FD: u64 = 0x100;
@@ -37,6 +39,14 @@ pub enum SessionError {
     /// A ring that cannot be used.
     #[error(transparent)]
     Ring(#[from] RingError),
+    /// The device does not serve a queue.
+    #[error("Queue {index} is not served: {why}")]
+    Device {
+        /// The queue.
+        index: usize,
+        /// What the device says.
+        why: String,
+    },
     /// A message that is well formed and asks for something wrong.
     #[error("{request:?}: {what}")]
     Refused {
@@ -55,6 +65,8 @@ enum Reply {
     Failed(String),
     /// An answer.
     Payload(Vec<u8>),
+    /// An answer with the memory that the frontend is to keep.
+    Inflight(Vec<u8>, Arc<InflightMemory>),
 }
 
 impl Reply {
@@ -72,7 +84,10 @@ pub(super) struct Session<'a, D: Device + ?Sized> {
     features: u64,
     protocol_features: u64,
     log: Option<Arc<DirtyLog>>,
+    inflight: Option<Arc<InflightMemory>>,
     broken_rings: Arc<AtomicU64>,
+    /// Some ring ran after the last message.
+    was_running: bool,
 }
 
 impl<'a, D: Device + ?Sized> Session<'a, D> {
@@ -85,7 +100,9 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             features: 0,
             protocol_features: 0,
             log: None,
+            inflight: None,
             broken_rings,
+            was_running: false,
         }
     }
 
@@ -99,13 +116,19 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
         // asked before, since SET_PROTOCOL_FEATURES itself may change it
         let acknowledge = message.need_reply && self.has_protocol(VhostUserProtocolFeatures::REPLY_ACK);
         let result = self.dispatch(&mut message);
+        self.tell_quiesced();
+        let mut fd = None;
         let payload = match &result {
             Ok(Reply::Payload(payload)) => Some(payload.clone()),
+            Ok(Reply::Inflight(payload, memory)) => {
+                fd = Some(memory.as_fd());
+                Some(payload.clone())
+            }
             Ok(Reply::Done) => acknowledge.then(|| 0u64.to_ne_bytes().to_vec()),
             Ok(Reply::Failed(_)) | Err(_) => acknowledge.then(|| 1u64.to_ne_bytes().to_vec()),
         };
         if let Some(payload) = payload {
-            message.reply(stream, &payload).map_err(MessageError::from)?;
+            message.reply(stream, &payload, fd).map_err(MessageError::from)?;
         }
         if let Reply::Failed(why) = result? {
             tracing::warn!("vhost-user: {:?} was refused: {why}", message.request);
@@ -116,9 +139,21 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
     /// Stops every ring and forgets the guest's memory and the frontend's log.
     pub(super) fn close(&mut self) {
         self.stop_all();
+        self.tell_quiesced();
         self.log = None;
+        self.inflight = None;
         self.logs.set_frontend(None);
         self.memory.clear();
+        if let Some(channel) = self.device.frontend_channel() {
+            channel.set(None);
+        }
+    }
+
+    fn tell_quiesced(&mut self) {
+        let running = self.vrings.iter().any(|vring| vring.running);
+        if std::mem::replace(&mut self.was_running, running) && !running {
+            self.device.quiesced();
+        }
     }
 
     fn dispatch(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
@@ -128,6 +163,17 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             FrontendReq::SET_LOG_BASE => return self.set_log_base(message),
             FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR => {
                 return self.set_vring_fd(message);
+            }
+            FrontendReq::ADD_MEM_REG => return self.add_mem_reg(message),
+            FrontendReq::REM_MEM_REG => return self.rem_mem_reg(message),
+            FrontendReq::SET_INFLIGHT_FD => return self.set_inflight(message),
+            FrontendReq::SET_BACKEND_REQ_FD => {
+                message.expect_fds(1)?;
+                let Some(channel) = self.device.frontend_channel() else {
+                    return Err(MessageError::Unknown { request: request.into() }.into());
+                };
+                channel.set(message.fds.pop().map(UnixStream::from));
+                return Ok(Reply::Done);
             }
             FrontendReq::SET_LOG_FD => {
                 // The log is found by whoever reads it; nobody signals its growth in any frontend that we know.
@@ -195,6 +241,8 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
                 }
                 self.start_wanted()
             }
+            FrontendReq::GET_MAX_MEM_SLOTS => Ok(Reply::number(memory::MEM_SLOTS_MAX as u64)),
+            FrontendReq::GET_INFLIGHT_FD => self.get_inflight(message),
             FrontendReq::GET_CONFIG => self.get_config(message),
             FrontendReq::SET_CONFIG => self.set_config(message),
             other => Err(MessageError::Unknown { request: other.into() }.into()),
@@ -211,7 +259,12 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
         let mut offered = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::LOG_SHMFD
-            | VhostUserProtocolFeatures::RESET_DEVICE;
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        if self.device.frontend_channel().is_some() {
+            offered |= VhostUserProtocolFeatures::BACKEND_REQ;
+        }
         if !self.device.config_bytes().is_empty() {
             offered |= VhostUserProtocolFeatures::CONFIG;
         }
@@ -236,53 +289,6 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             self.arm_log();
         }
         self.start_wanted()
-    }
-
-    fn set_mem_table(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
-        let (table, rest): (VhostUserMemory, &[u8]) = message.body_and_rest()?;
-        let count = table.num_regions as usize;
-        if rest.len() != count * size_of::<VhostUserMemoryRegion>() {
-            return Err(message.malformed().into());
-        }
-        message.expect_fds(count)?;
-        let mut parsed = vec![VhostUserMemoryRegion::default(); count];
-        for (region, bytes) in parsed.iter_mut().zip(rest.chunks_exact(size_of::<VhostUserMemoryRegion>())) {
-            region.as_mut_slice().copy_from_slice(bytes);
-        }
-        let regions = parsed.into_iter().zip(message.fds.drain(..)).map(|(region, file)| Region {
-            guest_address: region.guest_phys_addr,
-            bytes: region.memory_size,
-            user_address: region.user_addr,
-            mmap_offset: region.mmap_offset,
-            file,
-        });
-        let regions = regions.collect();
-        self.stop_all();
-        self.memory.replace(regions)?;
-        self.start_wanted()
-    }
-
-    fn set_log_base(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
-        let log: VhostUserLog = message.body()?;
-        message.expect_fds(1)?;
-        let fd = message.fds.remove(0);
-        let failed = |what: String| SessionError::Refused { request: FrontendReq::SET_LOG_BASE, what };
-        let bytes =
-            log.mmap_size.checked_next_multiple_of(8).ok_or_else(|| failed("It is too long".into()))?;
-        let mapped = DirtyLog::map(fd, log.mmap_offset, bytes).map_err(|error| failed(error.to_string()))?;
-        self.stop_all();
-        self.log = Some(Arc::new(mapped));
-        self.arm_log();
-        self.start_wanted()?;
-        Ok(Reply::Payload(log.as_slice().to_vec()))
-    }
-
-    /// Logs all writes as soon as the frontend wants some. It asks for the data and for each used ring apart; switching
-    /// them off, QEMU takes back the data first, so that the rings are logged a moment longer than they must.
-    fn arm_log(&self) {
-        let rings = self.vrings.iter().any(|vring| vring.addresses.is_some_and(|addresses| addresses.log));
-        let wanted = rings || self.has_feature(VhostUserVirtioFeatures::LOG_ALL);
-        self.logs.set_frontend(self.log.clone().filter(|_| wanted));
     }
 
     fn set_vring_fd(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
@@ -363,6 +369,12 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
         self.start_wanted()
     }
 
+    fn in_memory(&self, addresses: &Addresses) -> bool {
+        [addresses.descriptors, addresses.available, addresses.used]
+            .iter()
+            .all(|address| self.memory.guest_address(*address).is_some())
+    }
+
     fn stop(&mut self, index: usize) {
         let vring = &mut self.vrings[index];
         if std::mem::take(&mut vring.running) {
@@ -378,6 +390,10 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
 
     /// Starts every ring that is complete and does not run.
     fn start_wanted(&mut self) -> Result<Reply, SessionError> {
+        self.start(Missing::Refuse)
+    }
+
+    fn start(&mut self, missing: Missing) -> Result<Reply, SessionError> {
         let protocol_features = self.has_feature(VhostUserVirtioFeatures::PROTOCOL_FEATURES);
         for index in 0..self.vrings.len() {
             let vring = &self.vrings[index];
@@ -390,6 +406,9 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             let translate = |part: &'static str, address: u64| {
                 self.memory.guest_address(address).ok_or(RingError::Memory { index, part })
             };
+            if missing == Missing::Wait && !self.in_memory(&addresses) {
+                continue;
+            }
             let ring = Ring::new(RingSetup {
                 index,
                 size,
@@ -406,12 +425,22 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
                 call: vring.call.clone(),
                 error: vring.error.clone(),
                 broken_rings: self.broken_rings.clone(),
+                inflight: self.inflight.clone(),
             })?;
+            self.device.start_queue(index, ring).map_err(|why| SessionError::Device { index, why })?;
             self.vrings[index].running = true;
-            self.device.start_queue(index, ring);
         }
         Ok(Reply::Done)
     }
+}
+
+/// What becomes of a ring that is not in guest memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Missing {
+    /// The frontend has told nonsense.
+    Refuse,
+    /// Regions come and go one by one: it waits for the one that it is in.
+    Wait,
 }
 
 fn refuse<T>(request: FrontendReq, what: String) -> Result<T, SessionError> {

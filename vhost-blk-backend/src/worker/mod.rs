@@ -1,0 +1,340 @@
+//! A worker: a thread with an io_uring of its own that serves some of the disk's queues. It takes requests from their
+//! rings, starts transfers and answers, a batch at a time.
+
+mod queue;
+mod serve;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use colo::runtime::{self, Mailbox, Polling, mailbox};
+use colo::vhost_user::Ring;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use rustix::thread::{CpuSet, sched_getaffinity};
+
+use self::queue::Queue;
+use crate::backend::Shared;
+use crate::disk_ring::{DiskRing, Wake};
+use crate::inline::Inline;
+use crate::metrics::Metrics;
+use crate::replication::primary::Primary;
+use crate::replication::secondary::Secondary;
+use crate::taken::Taken;
+
+/// After so many requests of a queue the others get their turn.
+const TURN_REQUESTS_MAX: usize = 64;
+
+/// What the device is, for a worker.
+#[derive(Clone, Debug)]
+pub(crate) enum Mode {
+    /// Requests stay in the ring.
+    Held,
+    /// The disk is this guest's.
+    Alone,
+    /// The disk is this guest's, and the peer gets every write.
+    Primary(Arc<Primary>),
+    /// This guest sees the disk through the buffer.
+    Secondary(Arc<Secondary>),
+}
+
+/// What a worker is told. Whoever waits for a reply gets it when nothing is in flight.
+#[derive(Debug)]
+enum Order {
+    Start(usize, Box<Ring>),
+    Stop(usize, Sender<u16>),
+    Mode(Mode, Sender<()>),
+    /// What a parked request waits for may have come.
+    Look,
+    Exit,
+}
+
+/// Makes a worker look at its parked request again.
+#[derive(Clone, Debug)]
+pub(crate) struct Waker(runtime::Sender<Order>);
+
+impl Waker {
+    pub(crate) fn wake(&self) {
+        // a worker that has ended has nothing parked
+        drop(self.0.send(Order::Look));
+    }
+}
+
+/// The other end of a worker.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    orders: runtime::Sender<Order>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Handle {
+    /// Starts worker number `index` for `queues` queues in [`Mode::Held`], on `core` if there is one given.
+    ///
+    /// # Errors
+    /// The core does not exist, or the kernel refuses a thread or an io_uring.
+    pub(crate) fn start(
+        shared: Arc<Shared>,
+        index: usize,
+        queues: usize,
+        core: Option<usize>,
+        poll: Duration,
+    ) -> io::Result<Self> {
+        let (orders, mailbox) = mailbox()?;
+        let (ready, is_ready) = bounded(1);
+        let thread =
+            std::thread::Builder::new().name(format!("blk-worker-{index}")).spawn(
+                move || match Worker::new(shared, mailbox, index, queues, core, poll) {
+                    Ok(worker) => {
+                        drop(ready.send(Ok(())));
+                        worker.run();
+                    }
+                    Err(error) => drop(ready.send(Err(error))),
+                },
+            )?;
+        is_ready.recv().map_err(|_| io::Error::other("A worker ended at its start"))??;
+        Ok(Self { orders, thread: Some(thread) })
+    }
+
+    pub(crate) fn waker(&self) -> Waker {
+        Waker(self.orders.clone())
+    }
+
+    /// Gives a ring to the worker's queue number `queue`.
+    pub(crate) fn start_ring(&self, queue: usize, ring: Ring) {
+        self.order(Order::Start(queue, Box::new(ring)));
+    }
+
+    /// Begins to stop a queue; the receiver hears when nothing of it is in flight, and gets the index of the first request
+    /// that was not taken.
+    pub(crate) fn stop_ring(&self, queue: usize) -> Receiver<u16> {
+        let (reply, stopped) = bounded(1);
+        self.order(Order::Stop(queue, reply));
+        stopped
+    }
+
+    /// Begins to change the mode; the receiver hears when nothing of the old one is in flight.
+    pub(crate) fn set_mode(&self, mode: Mode) -> Receiver<()> {
+        let (reply, changed) = bounded(1);
+        self.order(Order::Mode(mode, reply));
+        changed
+    }
+
+    fn order(&self, order: Order) {
+        self.orders.send(order).expect("a worker only ends when it is told");
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        drop(self.orders.send(Order::Exit));
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    /// Which worker it is.
+    index: usize,
+    orders: Mailbox<Order>,
+    disk: DiskRing<Taken>,
+    inline: Inline,
+    mode: Mode,
+    queues: Vec<Queue>,
+    polling: Polling,
+    /// For data on its way between guest memory and the block buffer.
+    scratch: Vec<u8>,
+}
+
+impl Worker {
+    fn new(
+        shared: Arc<Shared>,
+        orders: Mailbox<Order>,
+        index: usize,
+        queues: usize,
+        core: Option<usize>,
+        poll: Duration,
+    ) -> io::Result<Self> {
+        let disk = DiskRing::new(shared.image.clone(), queues)?;
+        if let Some(core) = core {
+            let helpers = pin(core)?;
+            if let Err(error) = disk.keep_helpers_on(&helpers) {
+                tracing::debug!("The kernel's helper threads may share core {core}: {error}");
+            }
+        }
+        let inline = Inline::new(shared.image.access());
+        Ok(Self {
+            shared,
+            index,
+            orders,
+            disk,
+            inline,
+            mode: Mode::Held,
+            queues: std::iter::repeat_with(Queue::new).take(queues).collect(),
+            polling: Polling::new(poll),
+            scratch: Vec::new(),
+        })
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.shared.metrics[self.index]
+    }
+
+    fn run(mut self) {
+        let mut idle_since = None;
+        loop {
+            // before the orders are looked at: one that comes in between would wake nobody
+            if self.disk.take_fired(Wake::Order) {
+                self.orders.rearm();
+            }
+            while let Some(order) = self.orders.try_recv() {
+                if let Order::Exit = order {
+                    for index in 0..self.queues.len() {
+                        self.stop(index);
+                    }
+                    return;
+                }
+                self.obey(order);
+            }
+            if self.turn() {
+                self.polling.worked();
+                idle_since = None;
+                continue;
+            }
+            let since: Instant = *idle_since.get_or_insert_with(Instant::now);
+            if self.polling.look_again() {
+                std::hint::spin_loop();
+            } else {
+                self.sleep();
+                self.polling.slept(since.elapsed());
+                idle_since = None;
+            }
+        }
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Start(index, mut ring) => {
+                self.stop(index);
+                ring.disable_notification();
+                self.disk.arm(Wake::Kick(index), ring.kick_fd());
+                self.queues[index].ring = Some(ring);
+            }
+            Order::Stop(index, reply) => drop(reply.send(self.stop(index))),
+            Order::Mode(mode, reply) => {
+                while self.disk.in_flight() > 0 {
+                    self.wait();
+                }
+                self.queues.iter_mut().for_each(|queue| queue.copy = None);
+                self.mode = mode;
+                let _ = reply.send(());
+            }
+            // the next turn looks; the loop has seen an exit
+            Order::Look | Order::Exit => {}
+        }
+    }
+
+    /// Gives a queue's ring back. Returns its next request.
+    fn stop(&mut self, index: usize) -> u16 {
+        // Requests that a process before this one had taken are known to nobody else, unless the frontend keeps the
+        // inflight memory: they are done, if they can be.
+        while self.queues[index].has_again() && self.take_batch(index) > 0 {
+            self.enter(false);
+            self.complete();
+        }
+        while self.queues[index].in_flight > 0 {
+            self.wait();
+        }
+        self.disk.disarm(Wake::Kick(index));
+        while self.disk.is_armed(Wake::Kick(index)) {
+            self.wait();
+        }
+        self.disk.take_fired(Wake::Kick(index));
+        let next = self.queues[index].give_back(&self.shared.metrics[self.index]);
+        if self.disk.in_flight() == 0 {
+            self.disk.forget_memory();
+        }
+        next
+    }
+
+    /// Everything that can be done without waiting. Returns whether that was something.
+    fn turn(&mut self) -> bool {
+        let mut done = 0;
+        for index in 0..self.queues.len() {
+            done += self.take_batch(index);
+        }
+        self.enter(false);
+        done += self.complete();
+        for queue in &mut self.queues {
+            queue.signal();
+        }
+        done > 0
+    }
+
+    fn wait(&mut self) {
+        self.enter(true);
+        self.complete();
+    }
+
+    /// Answers the requests whose transfers have ended. Returns how many.
+    #[inline]
+    fn complete(&mut self) -> usize {
+        let mut ended = 0;
+        let Self { disk, queues, shared, index, .. } = self;
+        let metrics = &shared.metrics[*index];
+        disk.complete(|taken, chain, result| {
+            ended += 1;
+            let queue = &mut queues[usize::from(taken.queue())];
+            queue.in_flight -= 1;
+            let ring =
+                queue.ring.as_deref_mut().expect("a ring is only given back when nothing is in flight");
+            let status = shared.transfer_status(taken.operation(), result, metrics);
+            taken.settle(ring, chain, metrics, status);
+        });
+        ended
+    }
+
+    #[inline]
+    fn enter(&mut self, wait: bool) {
+        if let Err(error) = self.disk.enter(wait) {
+            // Without its ring the worker can neither do nor answer anything: fail stop, the peer takes over.
+            panic!("io_uring has failed: {error}");
+        }
+    }
+
+    fn sleep(&mut self) {
+        let can_take = self.can_take();
+        for queue in &mut self.queues {
+            // what was answered while others were looked at
+            queue.signal();
+        }
+        let mut busy = false;
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            if let Some(ring) = queue.ring.as_mut().filter(|_| can_take && queue.parked.is_none()) {
+                busy |= ring.enable_notification();
+                self.disk.arm(Wake::Kick(index), ring.kick_fd());
+            }
+        }
+        self.disk.arm(Wake::Order, self.orders.as_fd());
+        if !busy {
+            self.metrics().sleeps.add(1);
+            self.enter(true);
+        }
+        // the completions, and what woke us, are seen by the next turn
+        for queue in &mut self.queues {
+            if let Some(ring) = &mut queue.ring {
+                ring.disable_notification();
+            }
+        }
+    }
+}
+
+/// Ties this thread to `core`. Returns the other cores that it could use before.
+fn pin(core: usize) -> io::Result<Vec<usize>> {
+    let before = sched_getaffinity(None)?;
+    runtime::pin(core)?;
+    Ok((0..CpuSet::MAX_CPU).filter(|other| *other != core && before.is_set(*other)).collect())
+}
