@@ -10,6 +10,7 @@ fn main() -> ExitCode {
         ("fio_finds_what_it_wrote_on_four_queues", fio_finds_what_it_wrote),
         ("data_survives_a_reboot_of_a_guest_with_four_queues", data_survives_a_reboot),
         ("data_survives_the_death_of_qemu_and_the_back_end_goes_on", data_survives_the_death_of_qemu),
+        ("a_guest_under_load_sees_that_its_disk_has_grown", a_guest_sees_that_its_disk_has_grown),
     ])
 }
 
@@ -59,5 +60,30 @@ fn data_survives_the_death_of_qemu() -> Result<()> {
     guest.verify_generation(2)?;
     ensure!(guest.back_end.pid() == pid, "This is another back end");
     guest.end()?;
+    disk.check()
+}
+
+fn a_guest_sees_that_its_disk_has_grown() -> Result<()> {
+    const OLD_MIB: u64 = 128;
+    const NEW_MIB: u64 = 160;
+    let lab = Lab::build()?;
+    let (disk, mut guest) = boot(&lab)?;
+    let sectors = |mib: u64| (mib << 11).to_string();
+    ensure!(guest.run("cat /sys/block/vda/size")? == sectors(OLD_MIB), "Another length than the image's");
+    guest.start_load()?;
+    guest.back_end.resize(lab.host(Side::A), NEW_MIB << 20)?;
+    // one shell command waits for it, with the limit of any
+    let size = sectors(NEW_MIB);
+    guest.run(&format!("until [ $(cat /sys/block/vda/size) = {size} ]; do usleep 10000; done"))?;
+    guest.run(&format!(
+        "set -e; dd if=/dev/urandom of=/tmp/new bs=1M count={more} 2>/dev/null; \
+         dd if=/tmp/new of=/dev/vda bs=1M seek={OLD_MIB} oflag=direct 2>/dev/null; \
+         dd if=/dev/vda bs=1M skip={OLD_MIB} iflag=direct 2>/dev/null | cmp - /tmp/new",
+        more = NEW_MIB - OLD_MIB
+    ))?;
+    guest.stop_load()?;
+    guest.end()?;
+    let length = std::fs::metadata(disk.path())?.len();
+    ensure!(length == NEW_MIB << 20, "The image has {length} bytes");
     disk.check()
 }

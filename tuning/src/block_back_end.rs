@@ -48,9 +48,19 @@ impl BlockBackEnd {
         &self.socket
     }
 
-    /// Where a controller finds it.
-    pub fn control(&self) -> &Path {
-        &self.control
+    /// Gives the disk another length, as an operator does.
+    ///
+    /// # Errors
+    /// The back end refuses.
+    pub fn resize(&self, host: &Host, bytes: u64) -> Result<()> {
+        let mut command = Command::new(program("vhost-blk-backend")?);
+        command.args(["resize", "--control-path"]).arg(&self.control).arg(bytes.to_string());
+        let output = host.output(command)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        ensure!(output.status.success(), "resize: {}: {}", output.status, text(&output.stderr));
+        let said = text(&output.stdout);
+        ensure!(said == bytes.to_string(), "resize to {bytes} says {said}");
+        Ok(())
     }
 
     /// Its process id.
