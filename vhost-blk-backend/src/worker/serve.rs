@@ -55,7 +55,8 @@ impl Worker {
     /// Takes one request and begins it, or begins the parked one. Returns whether there was one that could.
     #[inline]
     fn take(&mut self, index: usize, ring: &mut Ring) -> bool {
-        if !self.can_take() {
+        let stopping = self.queues[index].stopping.is_some() && !ring.has_again();
+        if !self.can_take() || stopping {
             return false;
         }
         let metrics = &self.shared.metrics[self.index];
