@@ -1,20 +1,63 @@
 //! The block device server against its peers, and a load generator for one server.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
-use colo_bench::blk::{self, Access, Connection, Load, Measured, Shape};
+use colo_bench::blk::cases::{self, Case, Kind};
+use colo_bench::blk::compare::Effort;
+use colo_bench::blk::contender::{Field, Setting};
+use colo_bench::blk::{self, Access, Connection, Disk, Load, Measured, Place, Shape};
 use colo_bench::priority::Priority;
-use colo_lab::end_on_signals;
+use colo_bench::report::{self, Row};
+use colo_lab::{Run, end_on_signals, random};
 
-/// Measures vhost-user-blk servers.
+const DISK_BYTES: u64 = 1 << 30;
+
+/// Compares vhost-blk-backend with qemu-storage-daemon and with bare I/O, side by side.
+///
+/// Same client, same file, same cores, in turn, medians. The exit status is 0 whenever it has measured; whether the
+/// targets are met is in the table and in the JSON file.
 #[derive(Parser)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
     what: Option<What>,
+    #[command(flatten)]
+    comparison: Comparison,
+}
+
+#[derive(Args)]
+struct Comparison {
+    /// Only the cases whose name has all these words, such as 'tmpfs read'; may be given several times
+    #[arg(long, value_name = "CASE")]
+    only: Vec<String>,
+    /// How often each is measured, in turn
+    #[arg(long, default_value_t = 5, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// How long each time
+    #[arg(long, default_value_t = 0.6, value_name = "SECONDS")]
+    seconds: f64,
+    /// A look only: one round of 0.2 seconds
+    #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
+    quick: bool,
+    /// The client's core
+    #[arg(long, default_value_t = 1, value_name = "CORE")]
+    client_core: usize,
+    /// The servers' core
+    #[arg(long, default_value_t = 0, value_name = "CORE")]
+    server_core: usize,
+    /// More arguments for vhost-blk-backend, to try them
+    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true, default_value = "")]
+    ours: String,
+    /// Names of the cases, and nothing more
+    #[arg(long)]
+    list: bool,
+    /// Where the rows go, as JSON
+    #[arg(long, default_value = "target/bench/blk.json", value_name = "PATH")]
+    json: PathBuf,
 }
 
 #[derive(Subcommand)]
@@ -68,16 +111,87 @@ struct One {
 
 fn main() -> ExitCode {
     end_on_signals();
+    let arguments = Arguments::parse();
     let _priority = Priority::take();
-    let result = match Arguments::parse().what {
+    let result = match arguments.what {
         Some(What::Load(one)) => load(&one),
-        None => Ok(()),
+        None => run_comparison(&arguments.comparison),
     };
     if let Err(error) = result {
         eprintln!("FAILED: {error:#}");
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+fn run_comparison(options: &Comparison) -> Result<()> {
+    let wanted = |case: &Case| {
+        let name = case.name();
+        let words =
+            |only: &String| only.split_whitespace().all(|word| name.split(' ').any(|have| have == word));
+        options.only.is_empty() || options.only.iter().any(words)
+    };
+    let cases: Vec<Case> = Kind::ALL.into_iter().flat_map(Case::of).filter(wanted).collect();
+    if options.list {
+        cases.iter().for_each(|case| println!("{}", case.name()));
+        return Ok(());
+    }
+    ensure!(!cases.is_empty(), "No case is called {:?}: 'bench-blk --list' names them", options.only);
+    let effort = if options.quick {
+        Effort { rounds: 1, duration: Duration::from_millis(200) }
+    } else {
+        Effort { rounds: options.rounds.into(), duration: Duration::from_secs_f64(options.seconds) }
+    };
+    let rows = measure(options, &cases, effort)?;
+    println!();
+    report::print(&rows);
+    report::write(&options.json, &rows)?;
+    println!(
+        "\n{} of {} targets met; {}",
+        rows.iter().filter(|row| row.met).count(),
+        rows.len(),
+        options.json.display()
+    );
+    Ok(())
+}
+
+/// Backing by backing: within one, all servers are there at the same time.
+fn measure(options: &Comparison, cases: &[Case], effort: Effort) -> Result<Vec<Row>> {
+    let run = Run::begin()?;
+    let namespace = run.add_namespace("bench")?;
+    let place = Place { namespace: &namespace, directory: run.directory(), core: options.server_core };
+    let ours: Vec<String> = options.ours.split_whitespace().map(str::to_owned).collect();
+    let seed = random() >> 1;
+    let mut rows = Vec::new();
+    cases::print_heading();
+    for kind in Kind::ALL {
+        let (queues, alone): (Vec<&Case>, Vec<&Case>) =
+            cases.iter().filter(|case| case.kind == kind).partition(|case| case.needs_queues());
+        if queues.is_empty() && alone.is_empty() {
+            continue;
+        }
+        let disk = match kind {
+            Kind::Null => None,
+            Kind::Tmpfs => Some(Disk::create(Path::new("/dev/shm"), DISK_BYTES, false)?),
+            Kind::Disk => Some(Disk::create(Path::new("/var/tmp"), DISK_BYTES, true)?),
+        };
+        let client_core = options.client_core;
+        let setting =
+            Setting { place, client_core, disk: disk.as_ref(), disk_bytes: DISK_BYTES, ours: &ours };
+        if !alone.is_empty() {
+            let field = Field::start(setting, seed)?;
+            for case in alone {
+                rows.extend(case.run(&field, effort)?);
+            }
+        }
+        if !queues.is_empty() {
+            let field = cases::queues_field(setting, seed)?;
+            for case in queues {
+                rows.extend(case.run(&field, effort)?);
+            }
+        }
+    }
+    Ok(rows)
 }
 
 fn load(one: &One) -> Result<()> {

@@ -1,12 +1,16 @@
 //! Block devices: a vhost-user frontend that drives its rings itself, and who serves them.
 //!
 //! [`Connection`] is the guest's side of a device, [`load`] measures it, [`content`] proves that it really does I/O.
-//! [`Server`] is a device program under test, [`bare`] the same I/O without any device between.
+//! [`Server`] is a device program under test, [`bare`] the same I/O without any device between. [`contender`],
+//! [`compare`] and [`cases`] are the comparison of them all.
 
 pub mod bare;
+pub mod cases;
 pub mod ceiling;
 pub mod clock;
+pub mod compare;
 mod connection;
+pub mod contender;
 pub mod content;
 mod cpu_time;
 mod disk;
