@@ -9,7 +9,7 @@ use clap::{Args, Parser, Subcommand};
 use colo_bench::blk::cases::{self, Case, Kind};
 use colo_bench::blk::compare::Effort;
 use colo_bench::blk::contender::{Field, Setting};
-use colo_bench::blk::{self, Access, Connection, Disk, Load, Measured, Place, Shape};
+use colo_bench::blk::{self, Access, Connection, Disk, Interrupts, Load, Measured, Place, Shape};
 use colo_bench::priority::Priority;
 use colo_bench::report::{self, Row};
 use colo_lab::{Run, end_on_signals, random};
@@ -25,6 +25,9 @@ const DISK_BYTES: u64 = 1 << 30;
 struct Arguments {
     #[command(subcommand)]
     what: Option<What>,
+    /// Do not come before other programs on this machine
+    #[arg(long, global = true)]
+    no_priority: bool,
     #[command(flatten)]
     comparison: Comparison,
 }
@@ -112,7 +115,7 @@ struct One {
 fn main() -> ExitCode {
     end_on_signals();
     let arguments = Arguments::parse();
-    let _priority = Priority::take();
+    let _priority = (!arguments.no_priority).then(Priority::take);
     let result = match arguments.what {
         Some(What::Load(one)) => load(&one),
         None => run_comparison(&arguments.comparison),
@@ -159,7 +162,6 @@ fn run_comparison(options: &Comparison) -> Result<()> {
 fn measure(options: &Comparison, cases: &[Case], effort: Effort) -> Result<Vec<Row>> {
     let run = Run::begin()?;
     let namespace = run.add_namespace("bench")?;
-    let place = Place { namespace: &namespace, directory: run.directory(), core: options.server_core };
     let ours: Vec<String> = options.ours.split_whitespace().map(str::to_owned).collect();
     let seed = random() >> 1;
     let mut rows = Vec::new();
@@ -170,12 +172,20 @@ fn measure(options: &Comparison, cases: &[Case], effort: Effort) -> Result<Vec<R
         if queues.is_empty() && alone.is_empty() {
             continue;
         }
+        let before = Interrupts::now()?;
         let disk = match kind {
             Kind::Null => None,
             Kind::Tmpfs => Some(Disk::create(Path::new("/dev/shm"), DISK_BYTES, false)?),
             Kind::Disk => Some(Disk::create(Path::new("/var/tmp"), DISK_BYTES, true)?),
         };
-        let client_core = options.client_core;
+        let (mut client_core, mut core) = (options.client_core, options.server_core);
+        if kind == Kind::Disk && Interrupts::now()?.busiest_core_since(&before) == Some(client_core) {
+            (client_core, core) = (core, client_core);
+            eprintln!(
+                "the disk's interrupts arrive on core {core}: there the servers run, on core {client_core} the client"
+            );
+        }
+        let place = Place { namespace: &namespace, directory: run.directory(), core };
         let setting =
             Setting { place, client_core, disk: disk.as_ref(), disk_bytes: DISK_BYTES, ours: &ours };
         if !alone.is_empty() {

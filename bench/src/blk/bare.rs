@@ -12,7 +12,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 
 use super::clock::{ticks, ticks_in, ticks_per_nanosecond};
 use super::disk::Aligned;
-use super::{Access, Disk, Histogram, Measured, Pattern};
+use super::{Access, Disk, Histogram, Measured, Pattern, cpu_time};
 
 const WARM_UP: Duration = Duration::from_millis(100);
 const BLOCK: usize = 4096;
@@ -57,8 +57,11 @@ impl Bare {
         let file = options.open(disk.path()).context("Cannot open the image")?;
         let mut pattern = Pattern::new(self.access, blocks, 0);
         let work = || {
-            let CoreId { id } = CoreId { id: self.core };
-            ensure!(core_affinity::set_for_current(CoreId { id }), "Core {id} is not ours");
+            ensure!(
+                core_affinity::set_for_current(CoreId { id: self.core }),
+                "Core {} is not ours",
+                self.core
+            );
             match self.means {
                 Means::IoUring => self.io_uring(&file, &mut pattern),
                 Means::Synchronous => self.synchronous(&file, &mut pattern),
@@ -84,7 +87,7 @@ impl Bare {
             latencies.record(now - began);
             began = now;
         }
-        Ok(window.measured(&latencies))
+        window.measured(&latencies)
     }
 
     fn io_uring(&self, file: &File, pattern: &mut Pattern) -> Result<Measured> {
@@ -98,6 +101,7 @@ impl Bare {
             .build(u32::from(self.depth).next_power_of_two())
             .context("io_uring")?;
         ring.submitter().register_files(&[file.as_raw_fd()]).context("io_uring: the file")?;
+        self.keep_workers_here(&ring)?;
         if self.direct {
             let whole = libc::iovec { iov_base: base.cast(), iov_len: BLOCK * depth };
             // SAFETY: `memory` outlives the ring, which is dropped first.
@@ -134,7 +138,7 @@ impl Bare {
                 push(&mut ring, &entry(slot))?;
             }
         }
-        let measured = window.measured(&latencies);
+        let measured = window.measured(&latencies)?;
         // some are pushed and not submitted; with all of them in the kernel, all of them come back
         let mut left = depth;
         while left > 0 {
@@ -142,6 +146,17 @@ impl Bare {
             left -= ring.completion().count();
         }
         Ok(measured)
+    }
+}
+
+impl Bare {
+    /// The kernel's helper threads run where the loop does, as those of the daemon do.
+    fn keep_workers_here(&self, ring: &IoUring) -> Result<()> {
+        // SAFETY: a set of plain bits, for which zeros are the empty one.
+        let mut cores: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: a core beyond the set is ignored.
+        unsafe { libc::CPU_SET(self.core, &mut cores) };
+        ring.submitter().register_iowq_aff(&cores).context("io_uring: the core of its workers")
     }
 }
 
@@ -156,7 +171,7 @@ struct Window {
     end: u64,
     warm: bool,
     began: Instant,
-    cpu: Duration,
+    cpu: Result<Duration>,
 }
 
 impl Window {
@@ -167,7 +182,7 @@ impl Window {
             end: ticks() + ticks_in(WARM_UP),
             warm: false,
             began: Instant::now(),
-            cpu: Duration::ZERO,
+            cpu: Ok(Duration::ZERO),
         }
     }
 
@@ -182,20 +197,18 @@ impl Window {
         self.warm = true;
         *latencies = Histogram::default();
         self.began = Instant::now();
-        self.cpu = thread_cpu();
+        self.cpu = cpu_time(std::process::id());
         self.end = now + self.duration;
         true
     }
 
-    fn measured(&self, latencies: &Histogram) -> Measured {
-        Measured::new(latencies, self.began.elapsed(), thread_cpu() - self.cpu)
+    /// Also ends it. The processor time is that of the whole program, whose other threads sleep: the kernel's helpers
+    /// (io-wq) are among its threads.
+    fn measured(self, latencies: &Histogram) -> Result<Measured> {
+        let elapsed = self.began.elapsed();
+        let cpu = cpu_time(std::process::id())?.saturating_sub(self.cpu?);
+        Ok(Measured::new(latencies, elapsed, cpu))
     }
-}
-
-/// Processor time of this thread.
-fn thread_cpu() -> Duration {
-    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 #[cfg(test)]
