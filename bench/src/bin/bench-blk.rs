@@ -10,6 +10,7 @@ use colo_bench::blk::cases::{self, Case, Kind};
 use colo_bench::blk::compare::Effort;
 use colo_bench::blk::contender::{Field, Setting};
 use colo_bench::blk::{self, Access, Connection, Disk, Interrupts, Load, Measured, Place, Shape};
+use colo_bench::others::Others;
 use colo_bench::priority::Priority;
 use colo_bench::report::{self, Row};
 use colo_lab::{Run, end_on_signals, random};
@@ -145,12 +146,15 @@ fn run_comparison(options: &Comparison) -> Result<()> {
     } else {
         Effort { rounds: options.rounds.into(), duration: Duration::from_secs_f64(options.seconds) }
     };
+    let others = Others::watch()?;
     let rows = measure(options, &cases, effort)?;
+    let busy = others.busy_cores()?;
     println!();
     report::print(&rows);
     report::write(&options.json, &rows)?;
+    println!("\nOther programs kept {busy:.2} cores busy meanwhile; below 0.1 the figures are undisturbed.");
     println!(
-        "\n{} of {} targets met; {}",
+        "{} of {} targets met; {}",
         rows.iter().filter(|row| row.met).count(),
         rows.len(),
         options.json.display()

@@ -21,6 +21,11 @@ const BATCH: u16 = 16;
 /// # Errors
 /// The core is not ours, or the load fails.
 pub fn run(depth: u16, core: usize, measured: &Load) -> Result<Measured> {
+    run_with_status(depth, core, measured, 0)
+}
+
+/// The same with a device that gives every request this status.
+fn run_with_status(depth: u16, core: usize, measured: &Load, status: u8) -> Result<Measured> {
     ensure!(measured.polling, "The device in this process gives no signals");
     let shape = Shape { queues: 1, depth, block_bytes: 4096, event_idx: false };
     let (memory, queues) = build_queues(shape)?;
@@ -31,7 +36,7 @@ pub fn run(depth: u16, core: usize, measured: &Load) -> Result<Measured> {
     thread::scope(|scope| {
         let device = scope.spawn(|| {
             ensure!(core_affinity::set_for_current(CoreId { id: core }), "Core {core} is not ours");
-            answer(&memory, &layout, &stop);
+            answer(&memory, &layout, &stop, status);
             Ok(())
         });
         let result = load::run(&mut connection, measured, || Ok(Duration::ZERO));
@@ -48,8 +53,8 @@ struct Descriptor {
     flags_next: u32,
 }
 
-/// Answers every request with status 0.
-fn answer(memory: &Memory, layout: &Layout, stop: &AtomicBool) {
+/// Answers every request with this status.
+fn answer(memory: &Memory, layout: &Layout, stop: &AtomicBool, status: u8) {
     let size = usize::from(layout.size);
     let descriptors: *mut Descriptor = memory.at(layout.descriptors, size_of::<Descriptor>() * size);
     let available: *mut u16 = memory.at(layout.available, 6 + 2 * size);
@@ -70,13 +75,46 @@ fn answer(memory: &Memory, layout: &Layout, stop: &AtomicBool) {
             // is a status byte in this memory, and leaves all of it alone until it is used.
             unsafe {
                 let head = available.add(2 + at).read_volatile();
-                let status =
+                let place =
                     descriptors.add(usize::from(head) + usize::from(SLOT_DESCRIPTORS) - 2).read_volatile();
-                memory.at::<u8>(status.address as usize, 1).write_volatile(0);
+                memory.at::<u8>(place.address as usize, 1).write_volatile(status);
                 used.add(2 + 4 * at).cast::<[u32; 2]>().write_volatile([head.into(), 1]);
             }
         }
         seen = seen.wrapping_add(count);
         used_index.store(seen, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::blk::Access;
+
+    fn load() -> Load {
+        Load {
+            access: Access { write_percent: 50, random: true },
+            polling: true,
+            thread_per_queue: false,
+            core: None,
+            duration: Duration::from_millis(50),
+        }
+    }
+
+    fn a_core() -> usize {
+        core_affinity::get_core_ids().expect("the cores of this machine")[0].id
+    }
+
+    #[test]
+    fn a_load_runs_and_ends() {
+        let measured = run(8, a_core(), &load()).unwrap();
+        assert!(measured.iops > 1000.0 && measured.p50_us > 0.0, "{measured:?}");
+        assert!(measured.p99_us >= measured.p50_us, "{measured:?}");
+    }
+
+    #[test]
+    fn a_request_that_fails_fails_the_load() {
+        let error = run_with_status(8, a_core(), &load(), 1).unwrap_err();
+        assert!(error.to_string().contains("status 1"), "{error:#}");
     }
 }

@@ -411,3 +411,6 @@ impl Ring {
         self.data.wrapping_add(self.stride() * usize::from(slot))
     }
 }
+
+#[cfg(test)]
+mod tests;
