@@ -11,7 +11,7 @@ use colo_bench::blk::compare::Effort;
 use colo_bench::blk::contender::{Field, Setting};
 use colo_bench::blk::{self, Access, Connection, Disk, Interrupts, Load, Measured, Place, Shape};
 use colo_bench::others::Others;
-use colo_bench::priority::Priority;
+use colo_bench::priority;
 use colo_bench::report::{self, Row};
 use colo_lab::{Run, end_on_signals, random};
 
@@ -116,7 +116,9 @@ struct One {
 fn main() -> ExitCode {
     end_on_signals();
     let arguments = Arguments::parse();
-    let _priority = (!arguments.no_priority).then(Priority::take);
+    if !arguments.no_priority {
+        priority::take();
+    }
     let result = match arguments.what {
         Some(What::Load(one)) => load(&one),
         None => run_comparison(&arguments.comparison),
