@@ -37,7 +37,7 @@ impl Group {
     fn finalists(self) -> usize {
         match self {
             Self::Daemon => 2,
-            Self::Ours | Self::BareRing | Self::Synchronous => 1,
+            Self::Ours | Self::Stock | Self::BareRing | Self::Synchronous => 1,
         }
     }
 }

@@ -33,6 +33,8 @@ pub enum Group {
     Ours,
     /// QEMU's storage daemon.
     Daemon,
+    /// A null device on the crate that many devices are made with, for information.
+    Stock,
     /// An io_uring loop without vhost-user.
     BareRing,
     /// A loop of pread or pwrite, for information.
@@ -93,6 +95,10 @@ impl<'a> Field<'a> {
                 Ok(server) => field.add_server(server, Group::Daemon, &daemon.name, &[true, false], seed)?,
                 Err(error) => eprintln!("left out: {}: {error:#}", daemon.name),
             }
+        }
+        if setting.disk.is_none() {
+            let server = Server::stock_null(setting.place, setting.disk_bytes)?;
+            field.add_server(server, Group::Stock, "stock vhost-user-backend", &[true, false], seed)?;
         }
         if let Some(disk) = setting.disk {
             for (means, group, what) in [

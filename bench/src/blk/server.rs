@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use colo_lab::{Namespace, Process, program};
 
 use super::{Disk, cpu_time};
@@ -74,6 +74,18 @@ impl Server {
         Self::start(place, command, socket, name)
     }
 
+    /// A null device on the stock `vhost-user-backend` crate, with one queue, all of it on the server's core.
+    ///
+    /// # Errors
+    /// It is not built, or does not start.
+    pub fn stock_null(place: Place<'_>, bytes: u64) -> Result<Self> {
+        let mut command = Command::new("taskset");
+        let socket = place.directory.join("null-stock.sock");
+        command.args(["-c", &place.core.to_string()]).arg(beside_us("null-stock")?);
+        command.arg("--socket-path").arg(&socket).args(["--null", &bytes.to_string()]);
+        Self::start(place, command, socket, "null-stock")
+    }
+
     fn start(place: Place<'_>, command: Command, socket: PathBuf, name: &str) -> Result<Self> {
         let log = place.directory.join(format!("{name}.log"));
         let mut process = Process::start(place.namespace, command, &log)?;
@@ -93,6 +105,14 @@ impl Server {
     pub fn cpu_time(&self) -> Result<Duration> {
         cpu_time(self.process.pid()).with_context(|| format!("It said:\n{}", self.process.output()))
     }
+}
+
+/// A program of the benchmark itself, which does not move with `COLO_BIN_DIR`.
+fn beside_us(name: &str) -> Result<PathBuf> {
+    let exe = std::env::current_exe().context("Cannot find the running program")?;
+    let path = exe.with_file_name(name);
+    ensure!(path.exists(), "{} is not built: run 'make build'", path.display());
+    Ok(path)
 }
 
 impl Drop for Server {
