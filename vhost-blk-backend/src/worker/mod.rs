@@ -27,6 +27,10 @@ use crate::taken::Taken;
 /// After so many requests of a queue the others get their turn.
 const TURN_REQUESTS_MAX: usize = 64;
 
+/// With more transfers in flight the worker does not poll: one comes soon anyway, and who sleeps until then takes several
+/// at once, which costs less and keeps the disk busier than taking each by itself.
+const POLL_IN_FLIGHT_MAX: usize = 1;
+
 /// What the device is, for a worker.
 #[derive(Clone, Debug)]
 pub(crate) enum Mode {
@@ -202,7 +206,7 @@ impl Worker {
                 continue;
             }
             let since: Instant = *idle_since.get_or_insert_with(Instant::now);
-            if self.polling.look_again() {
+            if self.disk.in_flight() <= POLL_IN_FLIGHT_MAX && self.polling.look_again() {
                 std::hint::spin_loop();
             } else {
                 self.sleep();
@@ -313,6 +317,7 @@ impl Worker {
                 queue.ring.as_deref_mut().expect("a ring is only given back when nothing is in flight");
             let status = shared.transfer_status(taken.operation(), result, metrics);
             taken.settle(ring, chain, metrics, status);
+            ring.publish_used();
         });
         ended
     }
