@@ -204,8 +204,12 @@ impl<R> DiskRing<R> {
     #[inline]
     pub(crate) fn complete(&mut self, mut ended: impl FnMut(R, &Chain, io::Result<()>)) {
         let mut completions = std::mem::take(&mut self.completions);
-        completions
-            .extend(self.uring.completion().take(BATCH).map(|entry| (entry.user_data(), entry.result(), entry.flags())));
+        completions.extend(
+            self.uring
+                .completion()
+                .take(BATCH)
+                .map(|entry| (entry.user_data(), entry.result(), entry.flags())),
+        );
         for (user_data, result, flags) in completions.drain(..) {
             match user_data {
                 IGNORED => {}

@@ -24,8 +24,11 @@ use crate::replication::primary::Primary;
 use crate::replication::secondary::Secondary;
 use crate::taken::Taken;
 
-/// After so many requests of a queue the others get their turn.
+/// After so many requests of a queue the others get their turn, and ended transfers theirs.
 const TURN_REQUESTS_MAX: usize = 64;
+/// The same where a worker has several queues: a driver that refills one as fast as it is served must not keep the
+/// others waiting.
+const SHARED_TURN_REQUESTS_MAX: usize = 16;
 
 /// With more transfers in flight the worker does not poll: one comes soon anyway, and who sleeps until then takes several
 /// at once, which costs less and keeps the disk busier than taking each by itself.
