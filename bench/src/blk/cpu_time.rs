@@ -24,22 +24,40 @@ pub fn cpu_time(pid: u32) -> Result<Duration> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Child, Command};
     use std::time::Instant;
 
     use super::*;
 
+    /// Killed also when the test fails.
+    struct Busy(Child);
+
+    impl Drop for Busy {
+        fn drop(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+
     #[test]
-    fn work_of_every_thread_is_counted() {
-        let before = cpu_time(std::process::id()).unwrap();
-        let work = || {
-            let began = Instant::now();
-            while began.elapsed() < Duration::from_millis(200) {
-                std::hint::spin_loop();
-            }
-            // the thread must live while we count
-            cpu_time(std::process::id()).unwrap()
-        };
-        let after = std::thread::spawn(work).join().unwrap();
-        assert!(after - before >= Duration::from_millis(20), "{before:?} to {after:?}");
+    fn the_time_of_another_process_grows_with_its_work() {
+        let busy = Busy(Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap());
+        let pid = busy.0.id();
+        let before = cpu_time(pid).unwrap();
+        let began = Instant::now();
+        while cpu_time(pid).unwrap() - before < Duration::from_millis(20) {
+            assert!(began.elapsed() < Duration::from_secs(60), "no time is counted");
+            std::thread::yield_now();
+        }
+        // it has one thread, which cannot have run longer than we have waited
+        let all = cpu_time(pid).unwrap();
+        assert!(all - before <= began.elapsed() + Duration::from_millis(1), "{before:?} to {all:?}");
+    }
+
+    #[test]
+    fn a_process_that_has_ended_has_none() {
+        let mut child = Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        assert!(cpu_time(child.id()).is_err());
     }
 }
