@@ -172,6 +172,11 @@ impl<R> DiskRing<R> {
         }
     }
 
+    /// Whether a wake has fired that was not taken.
+    pub(crate) fn has_fired(&self, wake: Wake) -> bool {
+        self.fired[wake.index()]
+    }
+
     /// Whether a wake has fired since this was asked last.
     pub(crate) fn take_fired(&mut self, wake: Wake) -> bool {
         std::mem::take(&mut self.fired[wake.index()])

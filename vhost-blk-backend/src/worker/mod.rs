@@ -334,7 +334,8 @@ impl Worker {
     }
 
     fn sleep(&mut self) {
-        let mut busy = false;
+        // an order that came while something else was waited for has woken us already, and does so only once
+        let mut busy = self.disk.has_fired(Wake::Order);
         for index in 0..self.queues.len() {
             let queue = &self.queues[index];
             if !self.can_take() || queue.parked.is_some() || queue.stopping.is_some() {
