@@ -4,8 +4,9 @@ CARGO ?= cargo
 # the programs under test, for the demo, the tests and the benchmarks alike
 export COLO_BIN_DIR := $(CURDIR)/target/release
 ROUNDS ?= 20
+SECONDS ?= 60
 
-.PHONY: help deps build demo test test-failover bench-pair bench-blk clean
+.PHONY: help deps build demo test test-failover bench-pair bench-blk fuzz clean
 
 help:
 	@echo 'make demo                     a protected guest, a client at work, and then the primary host dies (3 minutes)'
@@ -13,6 +14,7 @@ help:
 	@echo 'make test-failover ROUNDS=20  kill the primary host so many times'
 	@echo 'make bench-pair               the figures of the README'
 	@echo 'make bench-blk                the disk back end against qemu-storage-daemon and bare I/O (10 minutes)'
+	@echo 'make fuzz SECONDS=600         hostile guests, frontends and controllers, each for so long'
 	@echo 'make build                    the programs, in target/release'
 	@echo 'make clean                    remove what was built, and laboratories of dead runs'
 
@@ -40,6 +42,9 @@ bench-pair: deps build
 
 bench-blk: deps build
 	@target/release/bench-blk
+
+fuzz:
+	tests/fuzz/run.sh $(SECONDS)
 
 clean:
 	sh tuning/teardown.sh stale /var/tmp/colo-lab
