@@ -168,6 +168,11 @@ impl<R> DiskRing<R> {
         }
     }
 
+    /// Whether a wake has fired that nobody has taken yet.
+    pub(crate) fn has_fired(&self, wake: Wake) -> bool {
+        self.fired[wake.index()]
+    }
+
     /// Whether a wake has fired since this was asked last.
     pub(crate) fn take_fired(&mut self, wake: Wake) -> bool {
         std::mem::take(&mut self.fired[wake.index()])

@@ -319,7 +319,9 @@ impl Worker {
             }
         }
         self.disk.arm(Wake::Order, self.orders.as_fd());
-        if !busy {
+        // An order that came after the mailbox was looked at, and whose wake the last turn has taken from the ring, wakes
+        // nobody any more.
+        if !busy && !self.disk.has_fired(Wake::Order) {
             self.metrics().sleeps.add(1);
             self.enter(true);
         }
@@ -338,3 +340,6 @@ fn pin(core: usize) -> io::Result<Vec<usize>> {
     runtime::pin(core)?;
     Ok((0..CpuSet::MAX_CPU).filter(|other| *other != core && before.is_set(*other)).collect())
 }
+
+#[cfg(test)]
+mod tests;
