@@ -4,6 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use blkio::{Blkio, Errno};
@@ -21,9 +24,14 @@ fn program() -> PathBuf {
     path
 }
 
+/// A back end lives no longer than this: libblkio waits for an answer for ever, and fails when the other side is gone.
+const LIFE: Duration = Duration::from_secs(60);
+
 /// A running back end. With the value it is killed, and its image, sockets and log are removed.
 pub struct Server {
-    child: Child,
+    child: Arc<Mutex<Child>>,
+    /// Ends the thread that guards its life.
+    alive: Sender<()>,
     directory: TempDir,
     image: File,
 }
@@ -41,7 +49,16 @@ impl Server {
         command.arg("--blk-file").arg(path("image")).args(options);
         let child =
             command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
-        Self { child, directory, image }
+        let child = Arc::new(Mutex::new(child));
+        let (alive, over) = channel();
+        let guarded = child.clone();
+        thread::spawn(move || {
+            if over.recv_timeout(LIFE) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("vhost-blk-backend is killed after {LIFE:?}");
+                drop(guarded.lock().unwrap().kill());
+            }
+        });
+        Self { child, alive, directory, image }
     }
 
     /// A libblkio client, as soon as the program listens.
@@ -56,9 +73,9 @@ impl Server {
                 Err(error) if [Errno::NOENT, Errno::CONNREFUSED].contains(&error.errno()) => {}
                 Err(error) => panic!("cannot connect: {error}"),
             }
-            assert!(self.child.try_wait().unwrap().is_none(), "the back end has ended");
+            assert!(self.child().try_wait().unwrap().is_none(), "the back end has ended");
             assert!(Instant::now() < deadline, "the back end does not listen");
-            std::thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -99,9 +116,13 @@ impl Server {
 
     /// How many descriptors the program has open, and how many mappings.
     pub fn held(&self) -> (usize, usize) {
-        let process = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let process = PathBuf::from(format!("/proc/{}", self.child().id()));
         let maps = std::fs::read_to_string(process.join("maps")).unwrap();
         (std::fs::read_dir(process.join("fd")).unwrap().count(), maps.lines().count())
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -112,9 +133,10 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         // both fail only where it has ended already
-        drop(self.child.kill());
-        drop(self.child.wait());
-        if std::thread::panicking() {
+        drop(self.child().kill());
+        drop(self.child().wait());
+        let _ = self.alive.send(());
+        if thread::panicking() {
             let log = std::fs::read_to_string(self.path("log")).unwrap_or_default();
             eprintln!("vhost-blk-backend said:\n{log}");
         }
