@@ -5,7 +5,7 @@ CARGO ?= cargo
 export COLO_BIN_DIR := $(CURDIR)/target/release
 ROUNDS ?= 20
 
-.PHONY: help deps build demo test test-blkio test-failover bench-pair clean
+.PHONY: help deps build demo test test-blkio test-failover bench-pair bench-blk clean
 
 help:
 	@echo 'make demo                     a protected guest, a client at work, and then the primary host dies (3 minutes)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make test-blkio               the block device driven by a client that is not ours (libblkio)'
 	@echo 'make test-failover ROUNDS=20  kill the primary host so many times'
 	@echo 'make bench-pair               the figures of the README'
+	@echo 'make bench-blk                the disk back end against qemu-storage-daemon and bare I/O (10 minutes)'
 	@echo 'make build                    the programs, in target/release'
 	@echo 'make clean                    remove what was built, and laboratories of dead runs'
 
@@ -43,6 +44,9 @@ test-failover: deps build
 
 bench-pair: deps build
 	@target/release/bench-pair
+
+bench-blk: deps build
+	@target/release/bench-blk
 
 clean:
 	sh tuning/teardown.sh stale /var/tmp/colo-lab

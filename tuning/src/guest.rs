@@ -28,11 +28,7 @@ impl GuestImage {
         if let Some(image) = MADE.get() {
             return Ok(image.clone());
         }
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/mkguest.sh");
-        let mut command = Command::new(&script);
-        command.arg(program("guest-agent")?);
-        let output = command.output().with_context(|| format!("Cannot run {}", script.display()))?;
-        let directory = PathBuf::from(succeeded(&output, "The guest image cannot be made")?.trim());
+        let directory = made("mkguest.sh", &program("guest-agent")?)?;
         let image = Self { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd") };
         Ok(MADE.get_or_init(|| image).clone())
     }
@@ -66,6 +62,17 @@ impl Disk {
         let output = command.output().context("Cannot run mke2fs: install e2fsprogs")?;
         succeeded(&output, "mke2fs")?;
         Ok(Self { path })
+    }
+
+    /// Makes one with `more_mib` behind the file system that belong to nobody.
+    ///
+    /// # Errors
+    /// There is no room or no `mke2fs`.
+    pub fn create_with_raw_part(path: PathBuf, mib: u64, more_mib: u64) -> Result<Self> {
+        let disk = Self::create(path, mib)?;
+        let file = std::fs::File::options().write(true).open(&disk.path).context("An image just made")?;
+        file.set_len((mib + more_mib) << 20).context("An image just made")?;
+        Ok(disk)
     }
 
     /// A copy with the same content, which is how the two sides of a pair begin.
@@ -109,6 +116,14 @@ impl Disk {
         std::fs::remove_file(&copy.path).context("Cannot remove the copy of a disk")?;
         checked
     }
+}
+
+/// Runs one of the scripts that make guests; returns the directory that it prints.
+pub(crate) fn made(script: &str, argument: &Path) -> Result<PathBuf> {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest").join(script);
+    let output = Command::new(&script).arg(argument).output();
+    let output = output.with_context(|| format!("Cannot run {}", script.display()))?;
+    Ok(succeeded(&output, "The guest image cannot be made")?.trim().into())
 }
 
 fn succeeded(output: &Output, what: &str) -> Result<String> {

@@ -6,12 +6,16 @@
 
 mod agent;
 mod benchmark;
+mod block_back_end;
 mod capture;
 mod clients;
+mod console;
 mod death;
 mod dice;
+mod disk_guest;
 mod guest;
 mod host;
+mod migration;
 mod namespace;
 
 mod pair;
@@ -28,12 +32,16 @@ mod udp;
 
 pub use agent::{Agent, FileLoad, GuestConnection};
 pub use benchmark::{BenchmarkLine, redis_benchmark, redis_benchmarks};
+pub use block_back_end::{BlockBackEnd, INCOMING};
 pub use capture::{Capture, Sighting};
 pub use clients::{Clients, Work};
+pub use console::Console;
 pub use death::{Death, Survival, kill};
 pub use dice::{Dice, random};
+pub use disk_guest::{DiskGuest, DiskGuestImage};
 pub use guest::{Disk, GuestImage};
 pub use host::{Host, Side};
+pub use migration::Migration;
 pub use namespace::Namespace;
 
 pub use pair::{Pair, PairOptions, Status, VM, configuration};

@@ -73,6 +73,16 @@ impl Process {
         }
     }
 
+    /// SIGKILL; returns when it is gone.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn kill(&mut self) -> Result<ExitStatus> {
+        // fails only where it has ended already
+        drop(self.child.kill());
+        self.child.wait().with_context(|| format!("Cannot wait for {}", self.name))
+    }
+
     /// The file with what it prints.
     pub fn log(&self) -> &Path {
         &self.log
@@ -112,9 +122,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // both fail only where it has ended already
-        drop(self.child.kill());
-        drop(self.child.wait());
+        drop(self.kill());
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::Namespace;
 use crate::dice::random;
 
 const TEARDOWN: &str = include_str!("../teardown.sh");
@@ -72,6 +73,14 @@ impl Run {
     /// The name of the namespace for `role`.
     pub(crate) fn namespace(&self, role: &str) -> String {
         format!("colo-{}-{role}", self.id)
+    }
+
+    /// Makes a namespace for `role`. Whatever runs in it ends with this run.
+    ///
+    /// # Errors
+    /// The name is taken, or there is no `ip`.
+    pub fn add_namespace(&self, role: &str) -> Result<Namespace> {
+        Namespace::create(self.namespace(role))
     }
 
     /// Leaves the directory there for somebody to look into.

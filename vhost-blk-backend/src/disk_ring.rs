@@ -22,6 +22,10 @@ const SLOTS: usize = 256;
 /// cannot do without) waits there.
 const HELPERS_MAX: u32 = 8;
 
+/// So many ended transfers are handed out at once: the driver's answer to the first is then on its way to the disk while
+/// the last are still in hand.
+const BATCH: usize = 8;
+
 /// What can end the worker's sleep besides a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wake {
@@ -205,8 +209,12 @@ impl<R> DiskRing<R> {
     #[inline]
     pub(crate) fn complete(&mut self, mut ended: impl FnMut(R, &Chain, io::Result<()>)) {
         let mut completions = std::mem::take(&mut self.completions);
-        completions
-            .extend(self.uring.completion().map(|entry| (entry.user_data(), entry.result(), entry.flags())));
+        completions.extend(
+            self.uring
+                .completion()
+                .take(BATCH)
+                .map(|entry| (entry.user_data(), entry.result(), entry.flags())),
+        );
         for (user_data, result, flags) in completions.drain(..) {
             match user_data {
                 IGNORED => {}

@@ -28,6 +28,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What `statfs` says of file systems in memory (linux/magic.h). Not hugetlbfs, which has no write.
 const MEMORY_FILE_SYSTEMS: [u32; 2] = [0x0102_1994, 0x8584_58f6]; // tmpfs, ramfs
 
+/// And of those that keep the promise of RWF_NOWAIT, by our knowledge: ext2 to ext4, XFS, btrfs, F2FS.
+const NOWAIT_FILE_SYSTEMS: [u32; 4] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010];
+
 /// What is behind the disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -132,6 +135,7 @@ pub struct Image {
     block_bytes: u32,
     read_only: bool,
     access: Access,
+    never_waits: bool,
     geometry: Geometry,
     hold: Hold,
     patience: Duration,
@@ -177,6 +181,7 @@ impl Image {
             block_bytes,
             read_only: options.read_only,
             access: if kind == Kind::Null { Access::Null } else { Access::Buffered },
+            never_waits: false,
             geometry,
             hold: options.hold,
             patience: options.patience,
@@ -212,10 +217,9 @@ impl Image {
     fn choose_access(&mut self, direct: Direct) -> Result<(), ImageError> {
         let path = self.path.clone();
         let open_error = |error| ImageError::Open { path: path.clone(), error };
-        let in_memory = self.kind == Kind::File && {
-            let kind = fstatfs(&self.file).map_err(|error| open_error(error.into()))?.f_type as u32;
-            MEMORY_FILE_SYSTEMS.contains(&kind)
-        };
+        let file_system = fstatfs(&self.file).map_err(|error| open_error(error.into()))?.f_type as u32;
+        let in_memory = self.kind == Kind::File && MEMORY_FILE_SYSTEMS.contains(&file_system);
+        self.never_waits = self.kind == Kind::Device || NOWAIT_FILE_SYSTEMS.contains(&file_system);
         let why = if self.kind == Kind::Null {
             "there is nothing behind it".to_owned()
         } else if in_memory {
@@ -376,6 +380,12 @@ impl Image {
     /// How the guest's I/O gets to the disk.
     pub fn access(&self) -> Access {
         self.access
+    }
+
+    /// Whether I/O that must not wait (RWF_NOWAIT, and what io_uring tries first) does not. FUSE for one makes its caller
+    /// wait all the same, which would keep a worker from everything else.
+    pub fn never_waits(&self) -> bool {
+        self.never_waits
     }
 
     /// The logical blocks that the guest sees.

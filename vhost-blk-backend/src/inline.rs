@@ -68,12 +68,12 @@ impl Direction {
 }
 
 impl Inline {
-    pub(crate) fn new(access: Access) -> Self {
-        let (reads, writes, flags) = match access {
+    pub(crate) fn new(image: &Image) -> Self {
+        let (reads, writes, flags) = match image.access() {
             // tmpfs knows no RWF_NOWAIT, and does not need it
             Access::Memory => (true, true, 0),
             // what is written to the page cache may wait for writeback, and most file systems refuse to try
-            Access::Buffered => (true, false, libc::RWF_NOWAIT),
+            Access::Buffered => (image.never_waits(), false, libc::RWF_NOWAIT),
             Access::Direct { .. } | Access::Null => (false, false, 0),
         };
         Self { reads: Direction::new(reads, flags), writes: Direction::new(writes, flags) }

@@ -14,6 +14,10 @@ use crate::request::Extent;
 /// The kernel takes no more in one call (limits.h, UIO_MAXIOV).
 const IOVECS_MAX: usize = 1024;
 
+/// A step that comes back so often without having moved anything has failed: there are file systems that say EAGAIN for
+/// ever.
+const AGAIN_MAX: u32 = 100;
+
 /// Zeros, for disks that cannot make them.
 #[repr(align(4096))]
 struct Zeros([u8; 64 << 10]);
@@ -83,6 +87,8 @@ pub(crate) struct Transfer {
     extents: Vec<Extent>,
     /// The first of `extents` that has not begun.
     next_extent: usize,
+    /// How often the present step had to be repeated.
+    again: u32,
 }
 
 /// How a transfer goes on after a step.
@@ -105,6 +111,7 @@ impl Transfer {
             left_bytes: 0,
             extents: Vec::new(),
             next_extent: 0,
+            again: 0,
         }
     }
 
@@ -114,6 +121,7 @@ impl Transfer {
         self.iovecs.clear();
         self.next = 0;
         self.left_bytes = 0;
+        self.again = 0;
     }
 
     /// To read from the image at `offset` into the chain's writable part. Returns whether the data has to be copied.
@@ -207,6 +215,12 @@ impl Transfer {
 
     /// What the kernel is to do next.
     pub(crate) fn entry(&self, image: &Image) -> squeue::Entry {
+        let entry = self.step(image);
+        // at once to a helper thread, where trying first would make the worker wait
+        if image.never_waits() { entry } else { entry.flags(squeue::Flags::ASYNC) }
+    }
+
+    fn step(&self, image: &Image) -> squeue::Entry {
         let file = types::Fd(image.file().as_raw_fd());
         let (iovecs, offset, left) = self.rest();
         let count = iovecs.len().min(IOVECS_MAX) as u32;
@@ -242,7 +256,10 @@ impl Transfer {
     pub(crate) fn stepped(&mut self, result: i32) -> Next {
         let unsupported = [-libc::EOPNOTSUPP, -libc::EINVAL, -libc::ENOSYS, -libc::ENODEV].contains(&result);
         match (self.kind, result) {
-            (_, again) if again == -libc::EINTR || again == -libc::EAGAIN => Next::Step,
+            (_, again) if (again == -libc::EINTR || again == -libc::EAGAIN) && self.again < AGAIN_MAX => {
+                self.again += 1;
+                Next::Step
+            }
             // a hint (virtio 1.2 §5.2.6): a disk that cannot, need not
             (Kind::Discard, _) if unsupported => Next::Ended(Ok(())),
             (Kind::Zero, _) if unsupported => {
@@ -286,6 +303,7 @@ impl Transfer {
 
     /// After `bytes` were transferred.
     fn advance(&mut self, mut bytes: usize) {
+        self.again = 0;
         self.offset += bytes as u64;
         self.left_bytes = self.left_bytes.saturating_sub(bytes as u64);
         while bytes > 0 && self.next < self.iovecs.len() {
@@ -336,4 +354,93 @@ fn aligned(iovecs: &[libc::iovec], access: Access) -> bool {
         iovec.iov_base.addr().is_multiple_of(memory_align as usize)
             && iovec.iov_len.is_multiple_of(offset_align as usize)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A write of `total` bytes in pieces of these lengths, as if the chain had them; addresses start at 0.
+    fn transfer(kind: Kind, pieces: &[usize]) -> Transfer {
+        let mut at = 0;
+        let iovecs = pieces.iter().map(|bytes| {
+            let iovec = libc::iovec { iov_base: std::ptr::without_provenance_mut(at), iov_len: *bytes };
+            at += bytes;
+            iovec
+        });
+        let iovecs: Vec<_> = iovecs.collect();
+        Transfer { kind, iovecs, offset: 4096, left_bytes: at as u64, ..Transfer::new() }
+    }
+
+    #[test]
+    fn a_short_step_goes_on_where_it_ended() {
+        for kind in [Kind::Read, Kind::Write] {
+            for step in [1, 511, 512, 1000, 4096, 5000] {
+                let mut transfer = transfer(kind, &[512, 4096, 1, 3583]);
+                let mut done = 0;
+                loop {
+                    let (rest, offset, left) = transfer.rest();
+                    assert_eq!((offset, left), (4096 + done as u64, 8192 - done as u64));
+                    assert_eq!(rest[0].iov_base.addr(), done);
+                    assert_eq!(rest.iter().map(|iovec| iovec.iov_len).sum::<usize>(), 8192 - done);
+                    let step = step.min(8192 - done);
+                    done += step;
+                    match transfer.stepped(step as i32) {
+                        Next::Step => assert!(done < 8192),
+                        Next::Ended(result) => break assert!(result.is_ok() && done == 8192),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_go_on_ends_with_the_reason() {
+        for kind in [Kind::Read, Kind::Write] {
+            let mut nothing = transfer(kind, &[4096]);
+            assert!(
+                matches!(nothing.stepped(0), Next::Ended(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof)
+            );
+            let mut failed = transfer(kind, &[4096]);
+            assert!(matches!(failed.stepped(512), Next::Step));
+            assert!(
+                matches!(failed.stepped(-libc::EIO), Next::Ended(Err(error)) if error.raw_os_error() == Some(libc::EIO))
+            );
+            // for ever EAGAIN
+            let mut again = transfer(kind, &[4096]);
+            let mut steps = 0;
+            while let Next::Step = again.stepped(-libc::EAGAIN) {
+                steps += 1;
+                assert!(steps <= AGAIN_MAX);
+            }
+        }
+    }
+
+    #[test]
+    fn extents_follow_each_other_and_a_disk_that_cannot_zero_is_written() {
+        let extent = |offset, bytes| Extent { offset, bytes, unmap: true };
+        let begun = |kind, through| {
+            let mut transfer = Transfer::new();
+            transfer.clear(kind, &mut Chain::new(), &[extent(0, 512), extent(8192, 100 << 10)], through);
+            transfer
+        };
+        let ended_well = |next| matches!(next, Next::Ended(Ok(())));
+
+        let mut discard = begun(Kind::Discard, false);
+        assert!(matches!(discard.stepped(0), Next::Step));
+        assert_eq!((discard.offset, discard.left_bytes), (8192, 100 << 10));
+        assert!(ended_well(discard.stepped(0)));
+        assert!(ended_well(begun(Kind::Discard, false).stepped(-libc::EOPNOTSUPP)), "a hint");
+        assert!(matches!(begun(Kind::Discard, false).stepped(-libc::EIO), Next::Ended(Err(_))));
+
+        let mut zero = begun(Kind::Zero, true);
+        assert!(matches!(zero.stepped(0), Next::Step));
+        assert!(matches!(zero.stepped(-libc::EOPNOTSUPP), Next::Step));
+        assert_eq!((zero.kind, zero.offset), (Kind::WriteZeros, 8192));
+        assert!(matches!(zero.stepped(64 << 10), Next::Step));
+        assert_eq!((zero.offset, zero.left_bytes), (8192 + (64 << 10), 36 << 10));
+        assert!(matches!(zero.stepped(36 << 10), Next::Step));
+        assert_eq!(zero.kind, Kind::Sync, "durable when it is answered");
+        assert!(ended_well(zero.stepped(0)));
+    }
 }

@@ -24,8 +24,15 @@ use crate::replication::primary::Primary;
 use crate::replication::secondary::Secondary;
 use crate::taken::Taken;
 
-/// After so many requests of a queue the others get their turn.
+/// After so many requests of a queue the others get their turn, and ended transfers theirs.
 const TURN_REQUESTS_MAX: usize = 64;
+/// The same where a worker has several queues: a driver that refills one as fast as it is served must not keep the
+/// others waiting.
+const SHARED_TURN_REQUESTS_MAX: usize = 16;
+
+/// With more transfers in flight the worker does not poll: one comes soon anyway, and who sleeps until then takes several
+/// at once, which costs less and keeps the disk busier than taking each by itself.
+const POLL_IN_FLIGHT_MAX: usize = 1;
 
 /// What the device is, for a worker.
 #[derive(Clone, Debug)]
@@ -165,7 +172,7 @@ impl Worker {
                 tracing::debug!("The kernel's helper threads may share core {core}: {error}");
             }
         }
-        let inline = Inline::new(shared.image.access());
+        let inline = Inline::new(&shared.image);
         Ok(Self {
             shared,
             index,
@@ -192,10 +199,7 @@ impl Worker {
             }
             while let Some(order) = self.orders.try_recv() {
                 if let Order::Exit = order {
-                    for index in 0..self.queues.len() {
-                        self.stop(index);
-                    }
-                    return;
+                    return self.end();
                 }
                 self.obey(order);
             }
@@ -205,7 +209,7 @@ impl Worker {
                 continue;
             }
             let since: Instant = *idle_since.get_or_insert_with(Instant::now);
-            if self.polling.look_again() {
+            if self.disk.in_flight() <= POLL_IN_FLIGHT_MAX && self.polling.look_again() {
                 std::hint::spin_loop();
             } else {
                 self.sleep();
@@ -218,12 +222,12 @@ impl Worker {
     fn obey(&mut self, order: Order) {
         match order {
             Order::Start(index, mut ring) => {
-                self.stop(index);
+                assert!(self.queues[index].ring.is_none(), "a queue is stopped before it is started");
                 ring.disable_notification();
                 self.disk.arm(Wake::Kick(index), ring.kick_fd());
                 self.queues[index].ring = Some(ring);
             }
-            Order::Stop(index, reply) => drop(reply.send(self.stop(index))),
+            Order::Stop(index, reply) => self.queues[index].stopping = Some(reply),
             Order::Mode(mode, reply) => {
                 while self.disk.in_flight() > 0 {
                     self.wait();
@@ -237,27 +241,49 @@ impl Worker {
         }
     }
 
-    /// Gives a queue's ring back. Returns its next request.
-    fn stop(&mut self, index: usize) -> u16 {
-        // Requests that a process before this one had taken are known to nobody else, unless the frontend keeps the
-        // inflight memory: they are done, if they can be.
-        while self.queues[index].has_again() && self.take_batch(index) > 0 {
-            self.enter(false);
-            self.complete();
+    /// Gives the rings back that are to stop and of which nothing is in flight any more. The others go on meanwhile, so
+    /// that one request that the disk keeps holds up nothing but its own queue.
+    fn stop_drained(&mut self) {
+        for index in 0..self.queues.len() {
+            let queue = &self.queues[index];
+            // What a process before this one had taken is known to nobody else, unless the frontend keeps it: it is done,
+            // if it can be.
+            let again = queue.has_again() && queue.parked.is_none() && !matches!(self.mode, Mode::Held);
+            let waits = queue.in_flight > 0 || again;
+            if queue.stopping.is_none() || waits {
+                continue;
+            }
+            self.disk.disarm(Wake::Kick(index));
+            while self.disk.is_armed(Wake::Kick(index)) {
+                self.wait();
+            }
+            self.disk.take_fired(Wake::Kick(index));
+            let queue = &mut self.queues[index];
+            let next = queue.give_back(&self.shared.metrics[self.index]);
+            if self.disk.in_flight() == 0 {
+                self.disk.forget_memory();
+            }
+            if let Some(reply) = queue.stopping.take() {
+                let _ = reply.send(next);
+            }
         }
-        while self.queues[index].in_flight > 0 {
-            self.wait();
+    }
+
+    /// Stops every queue, for the end of the thread.
+    fn end(mut self) {
+        let (reply, _) = bounded(self.queues.len());
+        for queue in &mut self.queues {
+            queue.stopping.get_or_insert(reply.clone());
         }
-        self.disk.disarm(Wake::Kick(index));
-        while self.disk.is_armed(Wake::Kick(index)) {
-            self.wait();
+        loop {
+            let done = self.turn();
+            if self.queues.iter().all(|queue| queue.stopping.is_none()) {
+                return;
+            }
+            if !done {
+                self.wait();
+            }
         }
-        self.disk.take_fired(Wake::Kick(index));
-        let next = self.queues[index].give_back(&self.shared.metrics[self.index]);
-        if self.disk.in_flight() == 0 {
-            self.disk.forget_memory();
-        }
-        next
     }
 
     /// Everything that can be done without waiting. Returns whether that was something.
@@ -271,6 +297,7 @@ impl Worker {
         for queue in &mut self.queues {
             queue.signal();
         }
+        self.stop_drained();
         done > 0
     }
 
@@ -293,6 +320,7 @@ impl Worker {
                 queue.ring.as_deref_mut().expect("a ring is only given back when nothing is in flight");
             let status = shared.transfer_status(taken.operation(), result, metrics);
             taken.settle(ring, chain, metrics, status);
+            ring.publish_used();
         });
         ended
     }
@@ -306,14 +334,13 @@ impl Worker {
     }
 
     fn sleep(&mut self) {
-        let can_take = self.can_take();
-        for queue in &mut self.queues {
-            // what was answered while others were looked at
-            queue.signal();
-        }
         let mut busy = false;
-        for (index, queue) in self.queues.iter_mut().enumerate() {
-            if let Some(ring) = queue.ring.as_mut().filter(|_| can_take && queue.parked.is_none()) {
+        for index in 0..self.queues.len() {
+            let queue = &self.queues[index];
+            if !self.can_take() || queue.parked.is_some() || queue.stopping.is_some() {
+                continue;
+            }
+            if let Some(ring) = &mut self.queues[index].ring {
                 busy |= ring.enable_notification();
                 self.disk.arm(Wake::Kick(index), ring.kick_fd());
             }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use colo::vhost_user::{Chain, Ring};
+use crossbeam_channel::Sender;
 
 use crate::metrics::Metrics;
 use crate::request::Extent;
@@ -20,11 +21,21 @@ pub(super) struct Queue {
     pub(super) parked: Option<Taken>,
     /// Requests whose transfers run.
     pub(super) in_flight: usize,
+    /// It is to stop: nothing new is taken, and whoever wants it gets the next request's index when nothing is in flight.
+    pub(super) stopping: Option<Sender<u16>>,
 }
 
 impl Queue {
     pub(super) fn new() -> Self {
-        Self { ring: None, chain: Chain::new(), extents: Vec::new(), copy: None, parked: None, in_flight: 0 }
+        Self {
+            ring: None,
+            chain: Chain::new(),
+            extents: Vec::new(),
+            copy: None,
+            parked: None,
+            in_flight: 0,
+            stopping: None,
+        }
     }
 
     pub(super) fn has_again(&self) -> bool {

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use colo::vhost_user::{Chain, Ring};
 
 use super::queue::Queue;
-use super::{Mode, TURN_REQUESTS_MAX, Worker};
+use super::{Mode, SHARED_TURN_REQUESTS_MAX, TURN_REQUESTS_MAX, Worker};
 use crate::disk_ring::Wake;
 use crate::image::Access;
 use crate::metrics::Metrics;
@@ -41,7 +41,8 @@ impl Worker {
         }
         let mut done = 0;
         let slow = self.shared.image.access() != Access::Null;
-        while done < TURN_REQUESTS_MAX && self.take(index, &mut ring) {
+        let most = if self.queues.len() > 1 { SHARED_TURN_REQUESTS_MAX } else { TURN_REQUESTS_MAX };
+        while done < most && self.take(index, &mut ring) {
             done += 1;
             if slow || done % PUBLISH_REQUESTS == 0 {
                 ring.publish_used();
@@ -55,7 +56,8 @@ impl Worker {
     /// Takes one request and begins it, or begins the parked one. Returns whether there was one that could.
     #[inline]
     fn take(&mut self, index: usize, ring: &mut Ring) -> bool {
-        if !self.can_take() {
+        let stopping = self.queues[index].stopping.is_some() && !ring.has_again();
+        if !self.can_take() || stopping {
             return false;
         }
         let metrics = &self.shared.metrics[self.index];

@@ -1,0 +1,103 @@
+//! `vhost-blk-backend` on one host, with sudden death and restart.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{Disk, Host, Process, program};
+
+/// The option of a back end whose image another one still has: the destination's of a migration.
+pub const INCOMING: &[&str] = &["--incoming"];
+
+/// A running back end and what it is started with.
+#[derive(Debug)]
+pub struct BlockBackEnd {
+    name: String,
+    socket: PathBuf,
+    control: PathBuf,
+    arguments: Vec<String>,
+    process: Process,
+}
+
+impl BlockBackEnd {
+    /// Starts it for a disk, with these further options; returns when it listens.
+    ///
+    /// # Errors
+    /// It ends at once.
+    pub fn start(host: &Host, name: &str, disk: &Disk, options: &[&str]) -> Result<Self> {
+        let file = |what: &str| host.directory().join(format!("{name}.{what}"));
+        let (socket, control) = (file("socket"), file("control"));
+        let path = |path: &Path| path.display().to_string();
+        let mut arguments = vec![
+            "--blk-file".to_owned(),
+            path(disk.path()),
+            "--socket-path".to_owned(),
+            path(&socket),
+            "--control-path".to_owned(),
+            path(&control),
+        ];
+        arguments.extend(options.iter().map(ToString::to_string));
+        let process = spawn(host, name, &arguments, &socket)?;
+        Ok(Self { name: name.to_owned(), socket, control, arguments, process })
+    }
+
+    /// Where QEMU finds it.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Gives the disk another length, as an operator does.
+    ///
+    /// # Errors
+    /// The back end refuses.
+    pub fn resize(&self, host: &Host, bytes: u64) -> Result<()> {
+        let mut command = Command::new(program("vhost-blk-backend")?);
+        command.args(["resize", "--control-path"]).arg(&self.control).arg(bytes.to_string());
+        let output = host.output(command)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        ensure!(output.status.success(), "resize: {}: {}", output.status, text(&output.stderr));
+        let said = text(&output.stdout);
+        ensure!(said == bytes.to_string(), "resize to {bytes} says {said}");
+        Ok(())
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// `kill -9`, and the same program again.
+    ///
+    /// # Errors
+    /// It had ended before, or does not start again.
+    pub fn kill_and_restart(&mut self, host: &Host) -> Result<()> {
+        self.ensure_running()?;
+        self.process.kill()?;
+        self.process = spawn(host, &self.name, &self.arguments, &self.socket)?;
+        Ok(())
+    }
+
+    /// That it has not ended by itself.
+    ///
+    /// # Errors
+    /// It has; its output is in the error.
+    pub fn ensure_running(&mut self) -> Result<()> {
+        let ended = self.process.ended()?;
+        ensure!(ended.is_none(), "The back end {} has ended: {}", self.name, self.process.output());
+        Ok(())
+    }
+}
+
+fn spawn(host: &Host, name: &str, arguments: &[String], socket: &Path) -> Result<Process> {
+    // the file of a dead one would be taken for the new one's
+    if socket.exists() {
+        std::fs::remove_file(socket).with_context(|| socket.display().to_string())?;
+    }
+    let mut command = Command::new(program("vhost-blk-backend")?);
+    command.args(arguments);
+    let mut process = host.start(command, name)?;
+    process.until("socket", Duration::from_secs(10), || socket.exists().then_some(()))?;
+    Ok(process)
+}
