@@ -115,10 +115,10 @@ impl Server {
     }
 
     /// How many descriptors the program has open, and how many mappings.
-    pub fn held(&self) -> (usize, usize) {
+    pub fn held(&self) -> [usize; 2] {
         let process = PathBuf::from(format!("/proc/{}", self.child().id()));
         let maps = std::fs::read_to_string(process.join("maps")).unwrap();
-        (std::fs::read_dir(process.join("fd")).unwrap().count(), maps.lines().count())
+        [std::fs::read_dir(process.join("fd")).unwrap().count(), maps.lines().count()]
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
