@@ -256,14 +256,15 @@ fn clients_that_come_and_go_leave_the_disk_and_nothing_else() {
         assert!(round_trip(&mut client, at * 4096, &data) == data);
         server.held()
     };
-    // a mapping of the allocator's may come and go: what leaks is there in every later round
+    // A thread that allocates for the first time gets an arena, and keeps it: 51 mappings have become 55. What leaks with
+    // each client would be ten times as many.
     let first: Vec<_> = (0..10).map(|at| round(&mut server, at)).collect();
     let later: Vec<_> = (10..ROUNDS).map(|at| round(&mut server, at)).collect();
     let last = &later[later.len() - 10..];
-    for (what, figure) in [("descriptors", 0), ("mappings", 1)] {
+    for (what, figure, more) in [("descriptors", 0, 0), ("mappings", 1, 8)] {
         let most = first.iter().map(|held| held[figure]).max().unwrap();
         let least = last.iter().map(|held| held[figure]).min().unwrap();
-        assert!(least <= most, "{most} {what} in the first rounds, {least} after {ROUNDS}");
+        assert!(least <= most + more, "{most} {what} in the first rounds, {least} after {ROUNDS}");
     }
     for at in 0..ROUNDS {
         assert_eq!(server.content(at * 4096, 4096), pattern(at, 4096), "{at}");
