@@ -6,11 +6,12 @@ export COLO_BIN_DIR := $(CURDIR)/target/release
 ROUNDS ?= 20
 SECONDS ?= 60
 
-.PHONY: help deps build demo test test-failover bench-pair bench-blk fuzz clean
+.PHONY: help deps build demo test test-blkio test-failover bench-pair bench-blk fuzz clean
 
 help:
 	@echo 'make demo                     a protected guest, a client at work, and then the primary host dies (3 minutes)'
 	@echo 'make test                     everything that CI runs'
+	@echo 'make test-blkio               the block device driven by a client that is not ours (libblkio)'
 	@echo 'make test-failover ROUNDS=20  kill the primary host so many times'
 	@echo 'make bench-pair               the figures of the README'
 	@echo 'make bench-blk                the disk back end against qemu-storage-daemon and bare I/O (10 minutes)'
@@ -33,6 +34,12 @@ test: deps
 	$(CARGO) build --release --workspace --bins
 	guest=$$(tuning/guest/mkguest.sh $(COLO_BIN_DIR)/guest-agent) && \
 		COLO_TEST_KERNEL=$$guest/vmlinuz COLO_TEST_INITRD=$$guest/initrd $(CARGO) test --workspace
+	$(MAKE) test-blkio
+
+# apart from the workspace: its dependencies are not the product's
+test-blkio: build
+	cd tests/blkio && $(CARGO) fmt --check && \
+		$(CARGO) clippy --locked --all-targets -- -D warnings && $(CARGO) test --locked
 
 test-failover: deps build
 	COLO_TEST_ROUNDS=$(ROUNDS) $(CARGO) test -p colo-tests --test failover killing_host_a

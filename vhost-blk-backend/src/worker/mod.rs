@@ -334,8 +334,7 @@ impl Worker {
     }
 
     fn sleep(&mut self) {
-        // an order that came while something else was waited for has woken us already, and does so only once
-        let mut busy = self.disk.has_fired(Wake::Order);
+        let mut busy = false;
         for index in 0..self.queues.len() {
             let queue = &self.queues[index];
             if !self.can_take() || queue.parked.is_some() || queue.stopping.is_some() {
@@ -347,7 +346,9 @@ impl Worker {
             }
         }
         self.disk.arm(Wake::Order, self.orders.as_fd());
-        if !busy {
+        // An order that came after the mailbox was looked at, and whose wake the last turn has taken from the ring, wakes
+        // nobody any more.
+        if !busy && !self.disk.has_fired(Wake::Order) {
             self.metrics().sleeps.add(1);
             self.enter(true);
         }
@@ -366,3 +367,6 @@ fn pin(core: usize) -> io::Result<Vec<usize>> {
     runtime::pin(core)?;
     Ok((0..CpuSet::MAX_CPU).filter(|other| *other != core && before.is_set(*other)).collect())
 }
+
+#[cfg(test)]
+mod tests;
