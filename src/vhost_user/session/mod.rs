@@ -82,6 +82,8 @@ pub(super) struct Session<'a, D: Device + ?Sized> {
     memory: MemoryTable,
     vrings: Vec<Vring>,
     features: u64,
+    /// The device has heard of them.
+    features_set: bool,
     protocol_features: u64,
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<InflightMemory>>,
@@ -98,6 +100,7 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             memory: MemoryTable::new(logs.clone()),
             vrings: std::iter::repeat_with(Vring::default).take(device.queues()).collect(),
             features: 0,
+            features_set: false,
             protocol_features: 0,
             log: None,
             inflight: None,
@@ -283,9 +286,13 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
         subset(FrontendReq::SET_FEATURES, features, self.offered_features())?;
         if features != self.features {
             self.stop_all();
-            self.features = features;
             let vhost = VhostUserVirtioFeatures::LOG_ALL | VhostUserVirtioFeatures::PROTOCOL_FEATURES;
-            self.device.set_features(features & !vhost.bits());
+            let of_device = |features| features & !vhost.bits();
+            // Not when a migration only switches the log on or off: what the driver has chosen since is to stay.
+            if of_device(features) != of_device(self.features) || !self.features_set {
+                self.device.set_features(of_device(features));
+            }
+            (self.features, self.features_set) = (features, true);
             self.arm_log();
         }
         self.start_wanted()

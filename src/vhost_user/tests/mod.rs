@@ -137,6 +137,7 @@ struct Shelf {
     rings: Mutex<[Option<Ring>; 2]>,
     changed: Condvar,
     starts: AtomicU64,
+    feature_choices: AtomicU64,
     channel: Option<FrontendChannel>,
 }
 
@@ -180,6 +181,7 @@ impl Device for Shelf {
     fn set_features(&self, features: u64) {
         assert!(!self.runs(0) && !self.runs(1));
         self.features.store(features, Ordering::SeqCst);
+        self.feature_choices.fetch_add(1, Ordering::SeqCst);
     }
 
     fn start_queue(&self, index: usize, ring: Ring) -> Result<(), String> {

@@ -298,6 +298,7 @@ fn qemus_order_with_stop_cont_and_migration() {
     offer(&mut driver);
     work(&device);
     assert!(drained().is_empty());
+    assert_eq!(device.feature_choices.load(Ordering::SeqCst), 1, "the driver has not chosen again");
 
     // the frontend dies without a word
     drop(qemu);
