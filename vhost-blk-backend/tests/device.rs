@@ -2,12 +2,11 @@
 
 mod guest;
 
-use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use colo::memory::{DirtyLog, DirtyLogs, PageSet};
+use colo::memory::DirtyLogs;
 use colo::vhost_user::Device;
 use guest::*;
 use tempfile::NamedTempFile;
@@ -161,35 +160,6 @@ fn many_at_once_and_a_drain_that_leaves_nothing_in_flight() {
         guest.finish();
         assert_eq!(guest.used_index(), guest.available_index());
     }
-}
-
-#[test]
-fn exactly_what_the_device_wrote_is_marked() {
-    let disk = disk();
-    let backend = Backend::start(&options(&disk)).unwrap();
-    backend.serve_alone();
-    let logs = DirtyLogs::new();
-    let mut guest = Guest::start(backend, logs.clone());
-    let log = DirtyLog::create(Guest::pages()).unwrap();
-    let ours = DirtyLog::from_fd(log.as_fd().try_clone_to_owned().unwrap(), Guest::pages()).unwrap();
-    // the queue asks for notifications when it goes to sleep, which is a write as well: to the used ring's page
-    logs.set_control(Some(ours));
-    let marked = |guest: &Guest| {
-        let taken = guest.pause();
-        let mut pages = PageSet::new(Guest::pages());
-        log.drain(&mut pages);
-        guest.resume(taken);
-        pages.iter().filter(|page| *page != USED / 4096).collect::<Vec<_>>()
-    };
-    guest.write(0, &pattern(3, 8192));
-    assert_eq!(marked(&guest).len(), 1, "the status byte's page");
-    let slot = guest.begin_read(0, 8192);
-    guest.await_ended();
-    let first = Guest::data_at(slot) / 4096;
-    assert_eq!(marked(&guest), [Guest::status_at(slot) / 4096, first, first + 1]);
-    let slot = guest.begin_read(0, 4096);
-    guest.await_ended();
-    assert_eq!(marked(&guest), [Guest::status_at(slot) / 4096, first]);
 }
 
 #[test]
