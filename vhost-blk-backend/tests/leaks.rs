@@ -20,6 +20,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 const ROUNDS: usize = 1000;
 const WARM_UP: usize = 100;
+/// A thread that allocates for the first time gets an arena. What leaks with every frontend is a hundred times as much.
+const MAPPINGS_SLACK: usize = 8;
 /// What an allocator may hold more or less of at any moment.
 const RSS_SLACK_KIB: u64 = 1024;
 const LIMIT: Duration = Duration::from_secs(20);
@@ -261,14 +263,8 @@ fn a_thousand_frontends_leave_nothing_behind() {
     let live = |round: usize| Machine::new().live(&socket, ENDS[round % ENDS.len()], &program);
     let sizes: Vec<Size> = (0..ROUNDS).map(live).collect();
     let (before, after) = (sizes[WARM_UP], sizes[ROUNDS - 1]);
-    println!("{before:?}\n{after:?}");
-    assert_eq!(
-        (after.descriptors, after.mappings),
-        (before.descriptors, before.mappings),
-        "{before:?} after {WARM_UP} frontends, {after:?} after {ROUNDS}"
-    );
-    assert!(
-        after.rss_kib <= before.rss_kib + RSS_SLACK_KIB,
-        "{before:?} after {WARM_UP} frontends, {after:?} after {ROUNDS}"
-    );
+    let told = format!("{before:?} after {WARM_UP} frontends, {after:?} after {ROUNDS}");
+    assert_eq!(after.descriptors, before.descriptors, "{told}");
+    assert!(after.mappings <= before.mappings + MAPPINGS_SLACK, "{told}");
+    assert!(after.rss_kib <= before.rss_kib + RSS_SLACK_KIB, "{told}");
 }
