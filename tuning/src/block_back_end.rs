@@ -68,6 +68,16 @@ impl BlockBackEnd {
         self.process.pid()
     }
 
+    /// How many pieces of guest memory it has mapped.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn guest_mappings(&self) -> Result<usize> {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid()))
+            .context("The back end has ended")?;
+        Ok(maps.lines().filter(|line| line.contains("memory-backend-memfd")).count())
+    }
+
     /// `kill -9`, and the same program again.
     ///
     /// # Errors

@@ -112,6 +112,9 @@ impl DiskGuest {
             .arg("-drive")
             .arg(format!("file={},format=raw,if=none,id=tools,readonly=on", image.tools.display()))
             .args(["-device", "virtio-blk-pci,drive=tools,addr=5"])
+            // memory that the guest can take out of its address space and put back
+            .args(["-object", "memory-backend-memfd,id=window,size=1M,share=on"])
+            .args(["-device", "ivshmem-plain,memdev=window,master=on,addr=6"])
             .args(more);
         for path in [&monitor, &console] {
             drop(std::fs::remove_file(path));
@@ -149,6 +152,18 @@ impl DiskGuest {
     /// It fails or takes too long.
     pub fn run(&mut self, command: &str) -> Result<String> {
         self.console.run(command, COMMAND_LIMIT)
+    }
+
+    /// Takes some memory out of the guest's address space, or puts it back, by the command register of the device that
+    /// has it. Every back end gets another memory table.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub fn map_window(&mut self, mapped: bool) -> Result<()> {
+        let bits = if mapped { "\\002" } else { "\\000" };
+        let register =
+            "/sys/bus/pci/devices/0000:00:06.0/config bs=1 seek=4 count=1 conv=notrunc 2>/dev/null";
+        self.run(&format!("printf '{bits}' | dd of={register}")).map(drop)
     }
 
     /// Fills the raw part of the disk and writes a file, see `tuning/guest/disk/generation`.
