@@ -32,6 +32,16 @@ fn backend(disk: &std::path::Path, queues: usize, workers: usize) -> Arc<Backend
     backend
 }
 
+/// A guest that only reads.
+fn reader(disk: &std::path::Path) -> Guest {
+    let image =
+        ImageOptions { direct: Direct::Off, read_only: true, ..ImageOptions::new(Source::File(disk.into())) };
+    let backend =
+        Backend::start(&Options { poll: Duration::from_micros(20), ..Options::new(image) }).unwrap();
+    backend.serve_alone();
+    Guest::start(backend, DirtyLogs::new())
+}
+
 fn served(disk: &FaultyDisk) -> Guest {
     Guest::start(backend(&disk.path(), 1, 1), DirtyLogs::new())
 }
@@ -134,6 +144,54 @@ fn short_writes_are_continued_to_the_end() {
 }
 
 #[test]
+fn short_reads_are_continued_to_the_end() {
+    let Some(disk) = FaultyDisk::mount(DISK_BYTES) else { return };
+    let Some((_overlay, path)) = disk.overlay() else { return };
+    let mut guest = reader(&path);
+    let pieces = [3072u32, 40960];
+    let total = pieces.iter().sum::<u32>() as usize;
+    for (seed, most) in [(5, 512), (6, 1000), (7, 4096), (8, 7777)] {
+        disk.shorten_reads(Some(most));
+        let data = pattern(seed, total);
+        disk.set_content(24 * 512, &data);
+        let (first, second) = data.split_at(pieces[0] as usize);
+        let before = disk.requests();
+        guest.set_data(guest.next_slot(), &vec![0xaa; total + 512]);
+        let slot = begin_in_pieces(&mut guest, IN, 24, pieces);
+        assert_eq!(guest.await_ended(), Ended { slot, status: OK, used: total as u32 + 1 }, "by {most}");
+        let read = guest.data(slot, total + 512);
+        assert!(read == [first, &[0xaa; 512], second].concat(), "by {most}");
+        assert!(disk.requests() - before >= total.div_ceil(most) as u64, "nothing was short");
+    }
+}
+
+#[test]
+fn a_read_that_is_short_and_then_fails_is_an_error() {
+    let Some(disk) = FaultyDisk::mount(DISK_BYTES) else { return };
+    let Some((_overlay, path)) = disk.overlay() else { return };
+    let mut guest = reader(&path);
+    disk.set_content(0, &pattern(14, 32768));
+    disk.shorten_reads(Some(4096));
+    let fault = disk.fail(Access::Read, 12288..16384, Errno::EIO);
+    assert_eq!(status(&mut guest, |guest| guest.begin_read(0, 32768)), IO_ERROR);
+    assert_eq!(guest.read(0, 12288), pattern(14, 32768)[..12288]);
+    drop(fault);
+    assert_eq!(guest.read(0, 32768), pattern(14, 32768));
+}
+
+#[test]
+fn a_file_that_has_become_shorter_is_an_error_past_its_end() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(DISK_BYTES as u64).unwrap();
+    let mut guest = Guest::start(backend(file.path(), 1, 1), DirtyLogs::new());
+    guest.write(0, &pattern(13, 8192));
+    file.as_file().set_len(6144).unwrap();
+    assert_eq!(status(&mut guest, |guest| guest.begin_read(0, 8192)), IO_ERROR);
+    assert_eq!(status(&mut guest, |guest| guest.begin_read(1024, 4096)), IO_ERROR);
+    assert_eq!(guest.read(0, 6144), pattern(13, 8192)[..6144]);
+}
+
+#[test]
 fn an_error_in_the_middle_of_a_transfer_is_an_error() {
     let Some(disk) = FaultyDisk::mount(DISK_BYTES) else { return };
     let mut guest = served(&disk);
@@ -191,7 +249,8 @@ fn of_many_requests_at_once_those_fail_that_touch_the_bad_place() {
     }
 }
 
-/// One request of queue 0 hangs for [`HANG`]. Meanwhile queue 1 goes on, of the same worker or of another, and queue 0 cannot be stopped; afterwards it can.
+/// One request of queue 0 hangs for [`HANG`]. Meanwhile queue 1 goes on, of the same worker or of another, and queue 0
+/// cannot be stopped; afterwards it can.
 fn hangs(disk: &FaultyDisk, workers: usize, access: Access, begin: impl FnOnce(&mut Guest) -> usize) {
     let backend = backend(&disk.path(), 2, workers);
     let mut guest = Guest::start(backend.clone(), DirtyLogs::new());

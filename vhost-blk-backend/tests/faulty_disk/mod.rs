@@ -135,10 +135,34 @@ impl FaultyDisk {
         self.shared.state().requests
     }
 
-    /// From here on one write moves so many bytes at most.
+    /// The same disk through a read-only overlay, and where it can be opened there.
     ///
-    /// Not reads: when FUSE cuts a read short, the io_uring of Linux 6.18 goes on by itself and loses its place, so that
-    /// every second piece is read again. Short reads are tested without a kernel (`transfer.rs`).
+    /// FUSE files can be polled, and io_uring treats what can be polled differently: when a read is cut short, that of
+    /// Linux 6.18 goes on by itself and loses its place. A file of an overlay cannot be polled, so the device gets to
+    /// see what is short.
+    pub fn overlay(&self) -> Option<(OwnedFd, PathBuf)> {
+        let mounted = mount("tmpfs", &[]).and_then(|empty| {
+            let layers = [path_in(&self.mount), path_in(&empty)].map(|layer| layer.display().to_string());
+            mount("overlay", &[("lowerdir", layers.join(":"))])
+        });
+        match mounted {
+            Ok(mount) => {
+                let path = path_in(&mount).join("disk");
+                Some((mount, path))
+            }
+            Err(error) => {
+                println!("skipped: no overlay can be mounted: {error}");
+                None
+            }
+        }
+    }
+
+    /// From here on one read moves so many bytes at most. To be read through [`FaultyDisk::overlay`].
+    pub fn shorten_reads(&self, bytes_max: Option<usize>) {
+        self.shared.state().read_bytes_max = bytes_max;
+    }
+
+    /// From here on one write moves so many bytes at most.
     pub fn shorten_writes(&self, bytes_max: Option<usize>) {
         self.shared.state().write_bytes_max = bytes_max;
     }
