@@ -1,5 +1,6 @@
 //! A guest that does nothing but use its disk: four CPUs, four queues, fio, a shell on a serial port, no network.
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
@@ -71,7 +72,7 @@ impl DiskGuest {
         Ok(guest)
     }
 
-    /// Starts a QEMU that waits for a guest to come from elsewhere to `uri`.
+    /// Starts a QEMU that waits for a guest to come from elsewhere to `uri`, and does not run it by itself then.
     ///
     /// # Errors
     /// QEMU cannot be started.
@@ -81,7 +82,7 @@ impl DiskGuest {
         back_end: BlockBackEnd,
         uri: &str,
     ) -> Result<Self> {
-        Self::start(host, image, back_end, &["-incoming", uri])
+        Self::start(host, image, back_end, &["-S", "-incoming", uri])
     }
 
     fn start(host: &Host, image: &DiskGuestImage, mut back_end: BlockBackEnd, more: &[&str]) -> Result<Self> {
@@ -127,6 +128,26 @@ impl DiskGuest {
         let qmp = qmp.with_context(|| format!("QEMU says: {}", qemu.output()))?;
         back_end.ensure_running()?;
         Ok(Self { back_end, console, qemu, qmp })
+    }
+
+    /// The file that is the guest's memory.
+    ///
+    /// # Errors
+    /// QEMU has ended.
+    pub fn memory(&self) -> Result<File> {
+        let directory = format!("/proc/{}/fd", self.qemu.pid());
+        for entry in std::fs::read_dir(&directory).context(directory)? {
+            let path = entry?.path();
+            let Ok(target) = std::fs::read_link(&path) else { continue };
+            if !target.to_string_lossy().contains("memory-backend-memfd") {
+                continue;
+            }
+            let file = File::open(&path).context("The guest's memory")?;
+            if file.metadata()?.len() == u64::from(MEMORY_MIB) << 20 {
+                return Ok(file);
+            }
+        }
+        anyhow::bail!("QEMU has no guest memory open")
     }
 
     /// One command to QEMU's monitor.

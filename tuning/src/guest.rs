@@ -1,5 +1,6 @@
 //! The guest's kernel, initramfs and disks.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
@@ -73,6 +74,16 @@ impl Disk {
         let file = std::fs::File::options().write(true).open(&disk.path).context("An image just made")?;
         file.set_len((mib + more_mib) << 20).context("An image just made")?;
         Ok(disk)
+    }
+
+    /// Writes `bytes` at `offset`, past every file system.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn write_raw(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        let file = std::fs::File::options().write(true).open(&self.path);
+        let written = file.and_then(|file| file.write_all_at(bytes, offset));
+        written.with_context(|| self.path.display().to_string())
     }
 
     /// A copy with the same content, which is how the two sides of a pair begin.

@@ -20,7 +20,7 @@ const NOT_DIRTYING: &str = "rm -f /tmp/migrates";
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A migration under way: the guest's memory has been sent once, what changes is sent again, slowly, and the guest runs
-/// on at the source until [`Migration::finish`].
+/// on at the source until [`Migration::arrive`].
 #[must_use]
 pub struct Migration<'a> {
     source: &'a mut DiskGuest,
@@ -37,15 +37,30 @@ impl<'a> Migration<'a> {
         source.command("migrate-set-parameters", start)?;
         source.command("migrate", json!({"uri": uri}))?;
         let mut migration = Self { source };
-        let passes = |info: &Value| info["ram"]["dirty-sync-count"].as_u64().unwrap_or(0);
         let remaining = |info: &Value| info["ram"]["remaining"].as_u64().unwrap_or(u64::MAX);
         migration.until("first pass", |info| {
             passes(info) >= 2 || passes(info) == 1 && remaining(info) < 64 << 20
         })?;
-        migration.set("max-bandwidth", CALM_BYTES_PER_S)?;
-        migration.until("second pass", |info| passes(info) >= 2)?;
-        migration.set("max-bandwidth", SLOW_BYTES_PER_S)?;
+        migration.calmly_until(2)?;
         Ok(migration)
+    }
+
+    /// Sends all that has changed in the guest's memory, to begin anew with the changes. For a guest that has rebooted:
+    /// what it wrote then would be sent in any case, and hide what else was written to the same pages.
+    ///
+    /// # Errors
+    /// QEMU fails, or the guest does not answer.
+    pub fn send_changes(&mut self) -> Result<()> {
+        self.source.run(DIRTYING)?;
+        // the pass under way takes what changed before it began, the next one all until now
+        let now = passes(&self.info()?);
+        self.calmly_until(now + 2)
+    }
+
+    fn calmly_until(&mut self, pass: u64) -> Result<()> {
+        self.set("max-bandwidth", CALM_BYTES_PER_S)?;
+        self.until("next pass", |info| passes(info) >= pass)?;
+        self.set("max-bandwidth", SLOW_BYTES_PER_S)
     }
 
     /// The guest, which runs at the source.
@@ -65,20 +80,20 @@ impl<'a> Migration<'a> {
         self.source.run(NOT_DIRTYING).map(drop)
     }
 
-    /// Lets the guest go over to `destination`, and returns when it runs there.
+    /// Lets the guest go over to `destination`. Then it has stopped here, is there, and does not run before
+    /// [`DiskGuest::go_on`].
     ///
     /// # Errors
     /// QEMU fails or hangs.
-    pub fn finish(mut self, destination: &mut DiskGuest) -> Result<Value> {
+    pub fn arrive(mut self, destination: &mut DiskGuest) -> Result<Value> {
         self.set("downtime-limit", 2000)?;
         self.set("max-bandwidth", 4 * FAST_BYTES_PER_S)?;
         let info = self.until("end", |info| info["status"] == "completed")?;
         let deadline = Instant::now() + LIMIT;
-        while destination.command("query-status", Value::Null)?["status"] != "running" {
-            ensure!(Instant::now() < deadline, "The guest does not run at its destination");
+        while destination.command("query-status", Value::Null)?["status"] != "paused" {
+            ensure!(Instant::now() < deadline, "The guest does not arrive at its destination");
             thread::sleep(Duration::from_millis(5));
         }
-        destination.run(NOT_DIRTYING)?;
         Ok(info)
     }
 
@@ -103,5 +118,20 @@ impl<'a> Migration<'a> {
             ensure!(Instant::now() < deadline, "No {what} of the migration: {info}");
             thread::sleep(Duration::from_millis(5));
         }
+    }
+}
+
+fn passes(info: &Value) -> u64 {
+    info["ram"]["dirty-sync-count"].as_u64().unwrap_or(0)
+}
+
+impl DiskGuest {
+    /// Runs on after [`Migration::arrive`].
+    ///
+    /// # Errors
+    /// QEMU refuses, or the guest does not answer.
+    pub fn go_on(&mut self) -> Result<()> {
+        self.command("cont", Value::Null)?;
+        self.run(NOT_DIRTYING).map(drop)
     }
 }
