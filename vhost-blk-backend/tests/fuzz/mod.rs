@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use colo::control::Server;
-use colo::memory::{DirtyLogs, MemoryTable, Region};
+use colo::memory::{DirtyLog, DirtyLogs, MemoryTable, PAGE_BYTES, PageSet, Region};
 use colo::vhost_user::{Device, Ring, RingSetup, serve_connection};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -50,10 +50,11 @@ impl<'a> Input<'a> {
     }
 }
 
-/// A disk in memory.
+/// A disk in memory, none of it zero.
 fn image() -> (tempfile::NamedTempFile, ImageOptions) {
     let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
-    file.as_file().set_len(DISK_BYTES).unwrap();
+    // not what memory holds by itself, so that a read changes it
+    file.as_file().write_all_at(&vec![0xa5; DISK_BYTES as usize], 0).unwrap();
     let source = Source::File(file.path().into());
     let image = ImageOptions { direct: Direct::Off, ..ImageOptions::new(source) };
     (file, image)
@@ -183,6 +184,10 @@ const USED: u64 = 0x2000;
 /// The guest of one input: memory, and a ring in it.
 struct Hostile {
     ram: std::fs::File,
+    /// What is in memory by the guest's own doing since it was last compared.
+    shadow: Vec<u8>,
+    /// The controller's, in pages of the file.
+    log: DirtyLog,
     table: MemoryTable,
     size: u16,
     event_idx: bool,
@@ -211,8 +216,51 @@ impl Hostile {
         device.start_queue(0, Ring::new(setup).unwrap()).unwrap();
     }
 
-    fn write(&self, at: u64, bytes: &[u8]) {
+    fn new(file: OwnedFd, regions: Vec<Region>, size: u16, event_idx: bool) -> Self {
+        let logs = DirtyLogs::new();
+        let pages = (RAM_BYTES + CANARY_BYTES) / PAGE_BYTES as u64;
+        let log = DirtyLog::create(pages).unwrap();
+        logs.set_control(Some(DirtyLog::from_fd(log.as_fd().try_clone_to_owned().unwrap(), pages).unwrap()));
+        let mut table = MemoryTable::new(logs);
+        table.replace(regions).unwrap();
+        Self {
+            ram: std::fs::File::from(file),
+            shadow: vec![0; (RAM_BYTES + CANARY_BYTES) as usize],
+            log,
+            table,
+            size,
+            event_idx,
+            broken: Arc::default(),
+            kick: Arc::new(event()),
+            offered: 0,
+        }
+    }
+
+    fn write(&mut self, at: u64, bytes: &[u8]) {
         self.ram.write_all_at(bytes, at).unwrap();
+        self.shadow[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// Stops the queue; all that was taken is answered, or the ring is broken. Each page that the device has changed is
+    /// marked, and none is outside of guest memory. `alone`: nobody else writes to memory.
+    fn stop(&mut self, device: &Backend, alone: bool) -> u16 {
+        let next = device.stop_queue(0);
+        let mut memory = vec![0; self.shadow.len()];
+        self.ram.read_exact_at(&mut memory, 0).unwrap();
+        let canary = &memory[RAM_BYTES as usize..];
+        assert!(canary.iter().all(|byte| *byte == 0), "written outside of guest memory");
+        if alone {
+            if self.broken.load(Ordering::SeqCst) == 0 {
+                assert_eq!(self.used_index(), next, "taken and not answered");
+            }
+            let pages = memory.chunks(PAGE_BYTES).zip(self.shadow.chunks(PAGE_BYTES));
+            for (page, _) in pages.enumerate().filter(|(_, (now, guests))| now != guests) {
+                assert!(self.log.is_marked(page as u64), "page {page} was written to and is not marked");
+            }
+            self.shadow = memory;
+            self.log.drain(&mut PageSet::new(self.log.pages()));
+        }
+        next
     }
 
     fn used_index(&self) -> u16 {
@@ -243,7 +291,6 @@ pub fn chain(data: &[u8]) {
     let setup = input.byte();
     let device = &devices.0[usize::from(setup & 1)];
     let file = memfd(RAM_BYTES + CANARY_BYTES);
-    let mut table = MemoryTable::new(DirtyLogs::new());
     let region = |guest_address, bytes, mmap_offset| Region {
         guest_address,
         bytes,
@@ -258,16 +305,7 @@ pub fn chain(data: &[u8]) {
     } else {
         vec![region(0, half, 0), region(half, half, half)]
     };
-    table.replace(regions).unwrap();
-    let mut guest = Hostile {
-        ram: std::fs::File::from(file),
-        table,
-        size: 1 << (setup >> 4 & 7).min(6),
-        event_idx: setup & 4 != 0,
-        broken: Arc::default(),
-        kick: Arc::new(event()),
-        offered: 0,
-    };
+    let mut guest = Hostile::new(file, regions, 1 << (setup >> 4 & 7).min(6), setup & 4 != 0);
     device.set_features(device.features());
     guest.start(device, 0);
 
@@ -318,12 +356,9 @@ pub fn chain(data: &[u8]) {
                 guest.write(AVAILABLE + 2, &index.to_le_bytes());
                 guest.offered = index;
             }
-            // a pause: all that was taken is answered, or the ring is broken
+            // a pause
             225..=244 => {
-                let next = device.stop_queue(0);
-                if guest.broken.load(Ordering::SeqCst) == 0 && !scribbles {
-                    assert_eq!(guest.used_index(), next, "taken and not answered");
-                }
+                let next = guest.stop(device, !scribbles);
                 guest.start(device, next);
             }
             _ => std::thread::yield_now(),
@@ -333,13 +368,7 @@ pub fn chain(data: &[u8]) {
     if let Some(scribbler) = scribbler {
         scribbler.join().unwrap();
     }
-    let next = device.stop_queue(0);
-    if guest.broken.load(Ordering::SeqCst) == 0 && !scribbles {
-        assert_eq!(guest.used_index(), next, "taken and not answered");
-    }
-    let mut canary = vec![1; CANARY_BYTES as usize];
-    guest.ram.read_exact_at(&mut canary, RAM_BYTES).unwrap();
-    assert!(canary.iter().all(|byte| *byte == 0), "written outside of guest memory");
+    guest.stop(device, !scribbles);
     // whoever comes next is served
     sound(device);
 }
@@ -347,7 +376,6 @@ pub fn chain(data: &[u8]) {
 /// A well formed request of a sound guest is answered.
 fn sound(device: &Backend) {
     let file = memfd(RAM_BYTES);
-    let mut table = MemoryTable::new(DirtyLogs::new());
     let region = Region {
         guest_address: 0,
         bytes: RAM_BYTES,
@@ -355,16 +383,7 @@ fn sound(device: &Backend) {
         mmap_offset: 0,
         file: file.try_clone().unwrap(),
     };
-    table.replace(vec![region]).unwrap();
-    let mut guest = Hostile {
-        ram: std::fs::File::from(file),
-        table,
-        size: 4,
-        event_idx: false,
-        broken: Arc::default(),
-        kick: Arc::new(event()),
-        offered: 0,
-    };
+    let mut guest = Hostile::new(file, vec![region], 4, false);
     let descriptor = |address: u64, bytes: u32, flags: u16, next: u16| {
         [&address.to_le_bytes()[..], &bytes.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()].concat()
     };
