@@ -220,7 +220,7 @@ impl Chain {
         (self.front, self.writable_from) = (0, 0);
         (self.readable_bytes, self.writable_bytes, self.status) = (0, 0, None);
         let mut index = head;
-        for _ in 0..table.size {
+        for _ in 0..usize::from(table.size).min(CHAIN_DESCRIPTORS_MAX) {
             if index >= table.size {
                 return Err(ChainError::Index { index, size: table.size });
             }
@@ -234,7 +234,7 @@ impl Chain {
             }
             index = descriptor.next();
         }
-        Err(ChainError::Loop)
+        Err(endless(table.size))
     }
 
     /// An indirect table stands alone or last (§2.7.5.3.1 wants it alone; the kernel's vhost takes it last, so we do).
@@ -245,7 +245,7 @@ impl Chain {
             return Err(ChainError::Indirect);
         }
         let mut index = 0;
-        for _ in 0..size {
+        for _ in 0..usize::from(size).min(CHAIN_DESCRIPTORS_MAX) {
             if index >= size {
                 return Err(ChainError::Index { index, size });
             }
@@ -263,7 +263,7 @@ impl Chain {
             }
             index = descriptor.next();
         }
-        Err(ChainError::Loop)
+        Err(endless(size))
     }
 
     #[inline]
@@ -296,6 +296,11 @@ impl Chain {
         }
         Ok(())
     }
+}
+
+/// A chain that has not ended with the last descriptor that was looked at, in a table of `size`.
+fn endless(size: u16) -> ChainError {
+    if usize::from(size) > CHAIN_DESCRIPTORS_MAX { ChainError::Descriptors } else { ChainError::Loop }
 }
 
 /// A descriptor table that is contiguous in this process.

@@ -17,6 +17,9 @@ pub trait Device: Send + Sync {
     /// The configuration space (virtio 1.2 §5.x.4); empty if the frontend is to make it up, as QEMU does for the network.
     fn config_bytes(&self) -> Vec<u8>;
 
+    /// The frontend reads the configuration space, for the driver or for itself.
+    fn config_read(&self) {}
+
     /// How to tell the frontend that the configuration space has changed; `None` for a device whose never does.
     fn frontend_channel(&self) -> Option<&FrontendChannel> {
         None

@@ -11,7 +11,10 @@ use colo_lab::{BlockBackEnd, Dice, Disk, DiskGuest, DiskGuestImage, Lab, Side};
 const PROGRESS_LIMIT: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
-    colo_tests::run(&[("kill_9_of_the_back_end_under_load_loses_nothing", kill_9_under_load)])
+    colo_tests::run(&[
+        ("kill_9_of_the_back_end_under_load_loses_nothing", kill_9_under_load),
+        ("a_write_cache_that_the_guest_switched_off_stays_off", a_write_cache_stays_off),
+    ])
 }
 
 /// At random moments; `COLO_TEST_ROUNDS` says how often.
@@ -35,6 +38,44 @@ fn kill_9_under_load() -> Result<()> {
     println!("{rounds} kills while {generation} generations were written and verified");
     guest.end()?;
     disk.check()
+}
+
+/// The guest never flushes then, so whoever serves it next must not take it for one that does.
+fn a_write_cache_stays_off() -> Result<()> {
+    let lab = Lab::build()?;
+    let host = lab.host(Side::A);
+    let disk = Disk::create(lab.run().directory().join("disk.img"), 64)?;
+    let back_end = BlockBackEnd::start(host, "disk", &disk, &["--queues", "4"])?;
+    let mut guest = DiskGuest::boot(host, &DiskGuestImage::make()?, back_end)?;
+    let seen = |guest: &mut DiskGuest| -> Result<_> {
+        let guests = guest.run("cat /sys/block/vda/cache_type")?;
+        Ok((guests, guest.back_end.status(host)?["write_cache"].as_str().unwrap_or("").to_owned()))
+    };
+    let is = |guest: &mut DiskGuest, guests: &str, ours: &str| -> Result<()> {
+        let seen = seen(guest)?;
+        ensure!(seen == (guests.to_owned(), ours.to_owned()), "The guest and we have it as {seen:?}");
+        Ok(())
+    };
+    is(&mut guest, "write back", "writeback")?;
+    guest.run("echo 'write through' >/sys/block/vda/cache_type")?;
+    is(&mut guest, "write through", "writethrough")?;
+    guest.reboot().context("The guest reboots")?;
+    is(&mut guest, "write through", "writethrough").context("After a reboot")?;
+    guest.back_end.kill_and_restart(host)?;
+    await_transfer(&mut guest)?;
+    is(&mut guest, "write through", "writethrough").context("After a kill")?;
+    // one that has a cache flushes, and that shows it
+    guest.run("echo 'write back' >/sys/block/vda/cache_type")?;
+    guest.back_end.kill_and_restart(host)?;
+    await_transfer(&mut guest)?;
+    is(&mut guest, "write back", "writeback").context("After a kill and a flush")?;
+    guest.end()?;
+    disk.check()
+}
+
+/// Returns when the guest has reached its disk, with a flush if it has a cache.
+fn await_transfer(guest: &mut DiskGuest) -> Result<()> {
+    guest.run("dd if=/bin/busybox of=/data/file bs=4k count=1 conv=fsync 2>/dev/null").map(drop)
 }
 
 /// Waits until the guest has moved some more data to or from its disk.

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 use crate::{Disk, Host, Process, program};
 
@@ -53,14 +54,26 @@ impl BlockBackEnd {
     /// # Errors
     /// The back end refuses.
     pub fn resize(&self, host: &Host, bytes: u64) -> Result<()> {
-        let mut command = Command::new(program("vhost-blk-backend")?);
-        command.args(["resize", "--control-path"]).arg(&self.control).arg(bytes.to_string());
-        let output = host.output(command)?;
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-        ensure!(output.status.success(), "resize: {}: {}", output.status, text(&output.stderr));
-        let said = text(&output.stdout);
+        let said = self.order(host, "resize", &[&bytes.to_string()])?;
         ensure!(said == bytes.to_string(), "resize to {bytes} says {said}");
         Ok(())
+    }
+
+    /// Its figures.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn status(&self, host: &Host) -> Result<Value> {
+        serde_json::from_str(&self.order(host, "status", &[])?).context("The figures of a back end")
+    }
+
+    fn order(&self, host: &Host, order: &str, arguments: &[&str]) -> Result<String> {
+        let mut command = Command::new(program("vhost-blk-backend")?);
+        command.args([order, "--control-path"]).arg(&self.control).args(arguments);
+        let output = host.output(command)?;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        ensure!(output.status.success(), "{order}: {}: {}", output.status, text(&output.stderr));
+        Ok(text(&output.stdout))
     }
 
     /// Its process id.

@@ -1,8 +1,8 @@
 //! The disk and its workers, as the vhost-user server and the controller see them.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use colo::vhost_user::{FrontendChannel, Ring};
@@ -10,11 +10,12 @@ use crossbeam_channel::RecvTimeoutError;
 use serde_json::Value;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
-use crate::image::{Image, ImageError, ImageOptions};
+use crate::image::{Access, Hold, Image, ImageError, ImageOptions};
 use crate::metrics::{self, Metrics};
 use crate::replication::Wakers;
 use crate::request::{Limits, Operation, Status};
 use crate::worker::{Handle, Mode};
+use crate::write_cache::WriteCache;
 
 /// A drain that takes longer than this is counted, and named in the log. A guest's VMM waits for it.
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
@@ -84,13 +85,26 @@ pub(crate) struct Shared {
     pub(crate) metrics: Box<[Metrics]>,
     /// The serial number, padded with zeros (virtio 1.2 §5.2.6).
     pub(crate) serial: [u8; VIRTIO_BLK_ID_BYTES as usize],
-    /// The driver takes every write that is answered for durable (§5.2.6.2).
-    pub(crate) write_through: AtomicBool,
-    /// Writes were lost that no flush of the guest will be told of.
-    pub(crate) sync_failed: AtomicBool,
+    pub(crate) write_cache: WriteCache,
+    /// Writes were lost that no flush of the guest would be told of: every flush fails.
+    durability_lost: AtomicBool,
 }
 
 impl Shared {
+    pub(crate) fn new(image: Arc<Image>, workers: usize, serial: &str, writeback: bool) -> Self {
+        let mut padded = [0; VIRTIO_BLK_ID_BYTES as usize];
+        for (to, from) in padded.iter_mut().zip(serial.bytes()) {
+            *to = from;
+        }
+        Self {
+            image,
+            metrics: std::iter::repeat_with(Metrics::default).take(workers).collect(),
+            serial: padded,
+            write_cache: WriteCache::new(writeback),
+            durability_lost: AtomicBool::new(false),
+        }
+    }
+
     pub(crate) fn limits(&self) -> Limits {
         Limits {
             disk_bytes: self.image.bytes(),
@@ -107,11 +121,14 @@ impl Shared {
         result: io::Result<()>,
         metrics: &Metrics,
     ) -> Status {
-        let flush_is_void = operation == Operation::Flush && self.sync_failed.load(Ordering::Relaxed);
+        let is_flush = operation == Operation::Flush;
         match result {
-            Ok(()) if !flush_is_void => Status::Ok,
-            Ok(()) => Status::IoError,
+            Ok(()) if is_flush && self.durability_lost.load(Ordering::Relaxed) => Status::IoError,
+            Ok(()) => Status::Ok,
             Err(error) => {
+                if is_flush {
+                    self.sync_failed();
+                }
                 let count = metrics.errors() + 1;
                 if count.is_power_of_two() {
                     let path = self.image.path().display();
@@ -123,6 +140,25 @@ impl Shared {
             }
         }
     }
+
+    /// What the guest has written cannot be made durable. Of what is in the page cache Linux tells that once, takes the
+    /// pages for clean and lets them go: the next flush would succeed, with the data lost. Past the page cache a flush
+    /// may be tried again.
+    fn sync_failed(&self) {
+        if !matches!(self.image.access(), Access::Direct { .. }) {
+            self.lose_durability();
+        }
+    }
+
+    fn lose_durability(&self) {
+        if !self.durability_lost.swap(true, Ordering::Relaxed) {
+            let path = self.image.path().display();
+            tracing::error!(
+                "Disk {path}: writes were lost, so all flushes of the guest fail from here on; start this program \
+                 again when the disk is sound"
+            );
+        }
+    }
 }
 
 /// A disk with its workers. Until it is told otherwise requests wait.
@@ -131,8 +167,9 @@ pub struct Backend {
     pub(crate) shared: Arc<Shared>,
     workers: Vec<Handle>,
     queues: usize,
-    /// What the guest reads as `writeback` when it has not chosen.
-    pub(crate) writeback: bool,
+    /// The guest comes by migration.
+    incoming: bool,
+    resizing: Mutex<()>,
     pub(crate) channel: FrontendChannel,
     /// The image is locked for the rings that run. Only the server's thread looks.
     acquired: AtomicBool,
@@ -149,17 +186,7 @@ impl Backend {
     pub fn start(options: &Options) -> Result<Arc<Self>, StartError> {
         let image = Arc::new(Image::open(&options.image)?);
         let workers = options.workers.clamp(1, options.queues.max(1));
-        let mut serial = [0; VIRTIO_BLK_ID_BYTES as usize];
-        for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
-            *to = from;
-        }
-        let shared = Arc::new(Shared {
-            image,
-            metrics: std::iter::repeat_with(Metrics::default).take(workers).collect(),
-            serial,
-            write_through: AtomicBool::new(!options.writeback),
-            sync_failed: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared::new(image, workers, &options.serial, options.writeback));
         let worker = |index| {
             let core = options.cores.get(index % options.cores.len().max(1)).copied();
             // queue i is served by worker i mod workers
@@ -172,7 +199,8 @@ impl Backend {
             shared,
             workers,
             queues: options.queues,
-            writeback: options.writeback,
+            incoming: options.image.hold == Hold::Incoming,
+            resizing: Mutex::new(()),
             channel: FrontendChannel::new(),
             acquired: AtomicBool::new(false),
             slow_drains: AtomicU64::new(0),
@@ -202,15 +230,14 @@ impl Backend {
         &self.shared.image
     }
 
-    /// Makes what was written past the workers durable, without keeping the guest waiting. A guest's flush covers it
-    /// as well; if this one is told of an error, that one would not be, so from then on every flush fails.
+    /// Makes what was written past the workers, through the page cache, durable, without keeping the guest waiting. A
+    /// guest's flush covers it as well, and is told of an error as well, see [`Image::sync`].
     pub(crate) fn sync_in_background(&self) {
         let shared = self.shared.clone();
         let sync = move || {
-            if let Err(error) = shared.image.file().sync_data() {
-                shared.sync_failed.store(true, Ordering::Relaxed);
-                let path = shared.image.path().display();
-                tracing::error!("Disk {path} cannot be made durable, the guest's flushes fail now: {error}");
+            if let Err(error) = shared.image.sync() {
+                tracing::error!("Disk {} cannot be made durable: {error}", shared.image.path().display());
+                shared.lose_durability();
             }
         };
         if std::thread::Builder::new().name("sync".into()).spawn(sync.clone()).is_err() {
@@ -223,6 +250,8 @@ impl Backend {
     /// # Errors
     /// A sentence that says why it cannot have it.
     pub fn resize(&self, bytes: Option<u64>) -> Result<u64, String> {
+        // the controller's and the server's threads both do
+        let _resizing = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.shared.image.bytes();
         let bytes = self.shared.image.resize(bytes).map_err(|error| error.to_string())?;
         if bytes != before {
@@ -243,8 +272,44 @@ impl Backend {
 
     /// No ring runs any more: what was written is made durable, and the image is free for another back end.
     pub(crate) fn release(&self) {
-        if self.acquired.swap(false, Ordering::Relaxed) {
-            self.shared.image.release();
+        if !self.acquired.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = self.shared.image.release() {
+            tracing::error!("Disk {} cannot be made durable: {error}", self.shared.image.path().display());
+            self.shared.sync_failed();
+        }
+    }
+
+    /// The driver reads the configuration space.
+    pub(crate) fn told(&self) {
+        // One that has begun does not believe it: the frontend reads for its own sake. Nor will one that comes by
+        // migration, which has begun elsewhere.
+        if !self.incoming && !self.acquired.load(Ordering::Relaxed) {
+            self.shared.write_cache.told();
+        }
+    }
+
+    /// The driver switches the write cache. It never flushes without one, so what was answered before is durable when
+    /// this returns.
+    pub(crate) fn set_write_cache(&self, writeback: bool) -> Result<(), String> {
+        if !self.shared.write_cache.choose(writeback) {
+            return Ok(());
+        }
+        self.drain();
+        self.shared.image.sync().map_err(|error| {
+            // as the frontend has it then
+            self.shared.write_cache.choose(true);
+            self.shared.sync_failed();
+            format!("Disk {} cannot be made durable: {error}", self.shared.image.path().display())
+        })
+    }
+
+    /// Waits until what is in flight now has ended.
+    fn drain(&self) {
+        let drained: Vec<_> = self.workers.iter().map(Handle::drain).collect();
+        for drained in drained {
+            drained.recv().expect("a worker only ends when it is told");
         }
     }
 
@@ -290,7 +355,8 @@ impl Backend {
         next.expect("a worker only ends when it is told")
     }
 
-    pub(crate) fn status(&self) -> Value {
+    /// The figures of the disk and its workers.
+    pub fn status(&self) -> Value {
         let mut status = metrics::to_json(&self.shared.metrics);
         status["disk_bytes"] = self.shared.image.bytes().into();
         status["disk_path"] = self.shared.image.path().display().to_string().into();
@@ -300,7 +366,9 @@ impl Backend {
         status["workers"] = self.workers.len().into();
         status["slow_drains"] = self.slow_drains.load(Ordering::Relaxed).into();
         status["longest_drain_us"] = self.longest_drain_us.load(Ordering::Relaxed).into();
-        status["durability_lost"] = self.shared.sync_failed.load(Ordering::Relaxed).into();
+        let cache = if self.shared.write_cache.is_through() { "writethrough" } else { "writeback" };
+        status["write_cache"] = cache.into();
+        status["durability_lost"] = self.shared.durability_lost.load(Ordering::Relaxed).into();
         status
     }
 }

@@ -1,8 +1,6 @@
 //! The virtio block device that the vhost-user server shows to the frontend: features and configuration space (virtio
 //! 1.2 §5.2.3 and §5.2.4). What is done with it is the backend's business.
 
-use std::sync::atomic::Ordering;
-
 use colo::vhost_user::{Device, FrontendChannel, Ring};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -62,7 +60,7 @@ impl Device for Backend {
         config.extend([topology.physical_block_exp, topology.alignment_offset]);
         config.extend(topology.min_io_blocks.to_le_bytes());
         config.extend(topology.opt_io_blocks.to_le_bytes());
-        config.push(u8::from(!self.shared.write_through.load(Ordering::Relaxed))); // writeback
+        config.push(u8::from(self.shared.write_cache.writeback())); // writeback
         config.push(0); // unused0
         config.extend((self.queues() as u16).to_le_bytes()); // num_queues
         config.extend(DISCARD_SECTORS_MAX.to_le_bytes()); // max_discard_sectors
@@ -82,19 +80,18 @@ impl Device for Backend {
     /// answered, or need not be.
     fn write_config(&self, offset: u32, data: &[u8]) -> Result<(), String> {
         match (offset, data) {
-            (WRITEBACK_AT, [writeback @ 0..=1]) => {
-                self.shared.write_through.store(*writeback == 0, Ordering::Relaxed);
-                Ok(())
-            }
+            (WRITEBACK_AT, [writeback @ 0..=1]) => self.set_write_cache(*writeback == 1),
             _ => Err(format!("{} bytes at {offset}: only writeback can be written, 0 or 1", data.len())),
         }
     }
 
-    /// The write cache is as the disk was started, until the driver switches it. A driver that cannot flush it has none
-    /// (§5.2.6.2).
+    fn config_read(&self) {
+        self.told();
+    }
+
     fn set_features(&self, features: u64) {
-        let flushes = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
-        self.shared.write_through.store(!(flushes && self.writeback), Ordering::Relaxed);
+        let has = |bit: u32| features & 1 << bit != 0;
+        self.shared.write_cache.negotiated(has(VIRTIO_BLK_F_FLUSH), has(VIRTIO_BLK_F_CONFIG_WCE));
     }
 
     fn start_queue(&self, index: usize, ring: Ring) -> Result<(), String> {

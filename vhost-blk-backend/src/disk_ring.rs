@@ -18,6 +18,10 @@ use crate::transfer::{Next, Transfer};
 /// The most transfers at once; further requests stay in the guest's rings.
 const SLOTS: usize = 256;
 
+/// The most that copies of the guest's data may take for one worker; a transfer that has begun may be more. What is beyond
+/// stays in the guest's rings, so that no guest makes us keep more memory than this.
+const COPIED_BYTES_MAX: usize = 32 << 20;
+
 /// The most helper threads of the kernel for one worker: what would block (a flush, a discard, a file system that
 /// cannot do without) waits there.
 const HELPERS_MAX: u32 = 8;
@@ -60,6 +64,8 @@ pub(crate) struct DiskRing<R> {
     uring: IoUring,
     slots: ManuallyDrop<Vec<Slot<R>>>,
     free: Vec<u16>,
+    /// In copies of the transfers that run.
+    copied_bytes: usize,
     /// Polls, by [`Wake::index`]: armed, and those that have fired and were not taken.
     armed: Vec<bool>,
     fired: Vec<bool>,
@@ -89,6 +95,7 @@ impl<R> DiskRing<R> {
             uring,
             slots: ManuallyDrop::new(std::iter::repeat_with(slot).take(SLOTS).collect()),
             free: (0..SLOTS as u16).rev().collect(),
+            copied_bytes: 0,
             armed: vec![false; queues + 1],
             fired: vec![false; queues + 1],
             completions: Vec::with_capacity(4 * SLOTS),
@@ -112,7 +119,7 @@ impl<R> DiskRing<R> {
 
     /// Whether another transfer can be started.
     pub(crate) fn has_room(&self) -> bool {
-        !self.free.is_empty()
+        !self.free.is_empty() && self.copied_bytes < COPIED_BYTES_MAX
     }
 
     /// Transfers that run.
@@ -139,6 +146,7 @@ impl<R> DiskRing<R> {
         let index = self.free.pop().expect("has_room was asked");
         let slot = &mut self.slots[usize::from(index)];
         slot.request = Some(request);
+        self.copied_bytes += slot.transfer.copied_bytes();
         let entry = slot.transfer.entry(&self.image).user_data(u64::from(index));
         self.push(&entry);
     }
@@ -237,6 +245,7 @@ impl<R> DiskRing<R> {
                 self.push(&entry);
             }
             Next::Ended(result) => {
+                self.copied_bytes -= slot.transfer.copied_bytes();
                 slot.transfer.finish();
                 let request = slot.request.take().expect("a completion of a running transfer");
                 self.free.push(index);

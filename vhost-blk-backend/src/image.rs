@@ -97,9 +97,9 @@ pub enum Access {
     Buffered,
     /// The disk itself (O_DIRECT).
     Direct {
-        /// What a buffer's address and length must be a multiple of.
+        /// What a buffer's address must be a multiple of.
         memory_align: u32,
-        /// What an offset and a length must be a multiple of; never more than a block of the guest.
+        /// What an offset and the length of a buffer must be a multiple of; never more than a block of the guest.
         offset_align: u32,
     },
 }
@@ -130,6 +130,8 @@ pub struct Image {
     file: File,
     /// The same through the page cache, where `file` goes past it.
     buffered: Option<File>,
+    /// The same for [`Image::sync`]; none where nothing is made durable.
+    sync: Option<File>,
     path: PathBuf,
     bytes: AtomicU64,
     block_bytes: u32,
@@ -176,6 +178,7 @@ impl Image {
             kind,
             file,
             buffered: None,
+            sync: None,
             path: if kind == Kind::Null { "null".into() } else { path.to_owned() },
             bytes: AtomicU64::new(bytes),
             block_bytes,
@@ -220,6 +223,9 @@ impl Image {
         let file_system = fstatfs(&self.file).map_err(|error| open_error(error.into()))?.f_type as u32;
         let in_memory = self.kind == Kind::File && MEMORY_FILE_SYSTEMS.contains(&file_system);
         self.never_waits = self.kind == Kind::Device || NOWAIT_FILE_SYSTEMS.contains(&file_system);
+        if self.kind != Kind::Null && !in_memory && !self.read_only {
+            self.sync = Some(self.open_again().map_err(open_error)?);
+        }
         let why = if self.kind == Kind::Null {
             "there is nothing behind it".to_owned()
         } else if in_memory {
@@ -282,20 +288,26 @@ impl Image {
     /// A queue that has acquired the image has nothing in flight any more. With [`Hold::WhileServing`] the last one makes
     /// durable what was written and gives the lock back.
     ///
+    /// # Errors
+    /// It cannot be made durable. The lock is given back all the same.
+    ///
     /// # Panics
     /// When nobody has acquired it.
-    pub fn release(&self) {
-        if self.kind == Kind::Null || self.hold == Hold::WhileOpen {
-            return;
+    pub fn release(&self) -> io::Result<()> {
+        let mut result = Ok(());
+        if self.kind != Kind::Null && self.hold != Hold::WhileOpen {
+            self.holder.release(self.target(), || result = self.sync());
         }
-        self.holder.release(self.target(), || {
-            if self.read_only || self.access == Access::Memory {
-                return;
-            }
-            if let Err(error) = self.file.sync_data() {
-                tracing::error!("Disk {} cannot be made durable: {error}", self.path.display());
-            }
-        });
+        result
+    }
+
+    /// Makes all writes that have ended durable. On an open file of its own: Linux tells each of them once that writes were
+    /// lost, and what is told here is not kept from the guest's flush, which is done on [`Self::file`].
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn sync(&self) -> io::Result<()> {
+        self.sync.as_ref().map_or(Ok(()), File::sync_data)
     }
 
     /// Takes over the length that the file or device has now; with `wanted` a shorter file is made that long before.
@@ -329,9 +341,9 @@ impl Image {
                 }
                 Kind::File => {
                     self.acquire()?;
-                    let result = self.file.set_len(bytes);
-                    self.release();
-                    result.map_err(|error| refused(error.to_string()))?;
+                    let resized = self.file.set_len(bytes);
+                    let released = self.release();
+                    resized.and(released).map_err(|error| refused(error.to_string()))?;
                 }
             }
         }

@@ -22,3 +22,4 @@ mod taken;
 mod transfer;
 pub mod wire;
 mod worker;
+mod write_cache;

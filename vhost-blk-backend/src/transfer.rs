@@ -66,7 +66,7 @@ enum Data {
     /// Nowhere else.
     Guest,
     /// In a copy that the peer gets as well.
-    Copy(#[expect(dead_code, reason = "kept alive for the kernel")] Arc<Vec<u8>>),
+    Copy(Arc<Vec<u8>>),
     /// In a copy because the guest's buffers are not aligned as the disk needs them.
     Bounce(Aligned),
 }
@@ -193,6 +193,7 @@ impl Transfer {
             return false;
         };
         (self.offset, self.left_bytes) = (extent.offset, extent.bytes);
+        self.again = 0;
         self.next_extent += 1;
         true
     }
@@ -206,6 +207,15 @@ impl Transfer {
 
     pub(crate) fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Bytes of memory of ours that it holds.
+    pub(crate) fn copied_bytes(&self) -> usize {
+        match &self.data {
+            Data::Guest => 0,
+            Data::Copy(copy) => copy.len(),
+            Data::Bounce(copy) => copy.bytes,
+        }
     }
 
     /// What is left of a read or a write.
@@ -274,6 +284,7 @@ impl Transfer {
                 "The disk's file is shorter than it was",
             ))),
             (Kind::WriteZeros, bytes) => {
+                self.again = 0;
                 self.offset += bytes as u64;
                 self.left_bytes = self.left_bytes.saturating_sub(bytes as u64);
                 if self.left_bytes > 0 { Next::Step } else { self.cleared() }

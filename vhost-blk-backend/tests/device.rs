@@ -183,3 +183,21 @@ fn a_core_that_does_not_exist_is_refused() {
     assert!(refused.to_string().contains("9999"), "{refused}");
     Backend::start(&Options { cores: vec![0], ..options(&disk) }).unwrap();
 }
+
+/// A frontend that gives no descriptor for kicks wants its ring looked at, also when it was idle for long.
+#[test]
+fn a_ring_that_nobody_kicks_is_looked_at() {
+    let disk = disk();
+    for poll in [Duration::ZERO, Duration::from_micros(50)] {
+        let backend = Backend::start(&Options { poll, ..options(&disk) }).unwrap();
+        backend.serve_alone();
+        let mut guest = Guest::start(backend, DirtyLogs::new());
+        guest.stop_kicking();
+        for round in 0..3 {
+            guest.write(8, &pattern(round, 4096));
+            assert!(guest.nothing_ends());
+        }
+        assert!(guest.read(8, 4096) == pattern(2, 4096));
+        guest.pause();
+    }
+}

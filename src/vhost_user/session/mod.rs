@@ -88,7 +88,7 @@ pub(super) struct Session<'a, D: Device + ?Sized> {
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<InflightMemory>>,
     broken_rings: Arc<AtomicU64>,
-    /// Some ring ran after the last message.
+    /// Some ring has run since the device heard last that none does.
     was_running: bool,
 }
 
@@ -142,6 +142,7 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
     /// Stops every ring and forgets the guest's memory and the frontend's log.
     pub(super) fn close(&mut self) {
         self.stop_all();
+        self.vrings.fill_with(Vring::default);
         self.tell_quiesced();
         self.log = None;
         self.inflight = None;
@@ -153,10 +154,15 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
     }
 
     fn tell_quiesced(&mut self) {
-        let running = self.vrings.iter().any(|vring| vring.running);
-        if std::mem::replace(&mut self.was_running, running) && !running {
+        let vrings = self.vrings.iter();
+        let running = vrings.clone().any(|vring| vring.running);
+        // one that waits for its memory will run again in a moment
+        let protocol_features = self.has_feature(VhostUserVirtioFeatures::PROTOCOL_FEATURES);
+        let wanted = vrings.clone().any(|vring| vring.wanted(protocol_features));
+        if !running && !wanted && std::mem::take(&mut self.was_running) {
             self.device.quiesced();
         }
+        self.was_running |= running;
     }
 
     fn dispatch(&mut self, message: &mut Message) -> Result<Reply, SessionError> {
@@ -200,6 +206,9 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             FrontendReq::RESET_OWNER | FrontendReq::RESET_DEVICE => {
                 self.stop_all();
                 self.vrings.fill_with(Vring::default);
+                self.inflight = None;
+                self.features_set = false;
+                self.arm_log();
                 Ok(Reply::Done)
             }
             FrontendReq::SET_VRING_NUM => {
@@ -284,7 +293,7 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
 
     fn set_features(&mut self, features: u64) -> Result<Reply, SessionError> {
         subset(FrontendReq::SET_FEATURES, features, self.offered_features())?;
-        if features != self.features {
+        if features != self.features || !self.features_set {
             self.stop_all();
             let vhost = VhostUserVirtioFeatures::LOG_ALL | VhostUserVirtioFeatures::PROTOCOL_FEATURES;
             let of_device = |features| features & !vhost.bits();
@@ -325,6 +334,7 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
 
     fn get_config(&self, message: &Message) -> Result<Reply, SessionError> {
         let (header, _) = self.config_body(message)?;
+        self.device.config_read();
         let mut config = self.device.config_bytes();
         // a frontend that knows a later version of the structure reads zeros past the end of ours
         config.resize(config.len().max((header.offset + header.size) as usize), 0);

@@ -138,6 +138,7 @@ struct Shelf {
     changed: Condvar,
     starts: AtomicU64,
     feature_choices: AtomicU64,
+    quiet: AtomicU64,
     channel: Option<FrontendChannel>,
 }
 
@@ -182,6 +183,11 @@ impl Device for Shelf {
         assert!(!self.runs(0) && !self.runs(1));
         self.features.store(features, Ordering::SeqCst);
         self.feature_choices.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn quiesced(&self) {
+        assert!(!self.runs(0) && !self.runs(1));
+        self.quiet.fetch_add(1, Ordering::SeqCst);
     }
 
     fn start_queue(&self, index: usize, ring: Ring) -> Result<(), String> {

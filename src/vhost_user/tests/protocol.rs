@@ -423,11 +423,35 @@ fn regions_come_and_go_one_by_one() {
     assert!(!device.runs(0));
     add(&mut qemu, RAM_BYTES);
     assert!(!device.runs(0));
+    // which is no end of anything
+    assert_eq!(device.quiet.load(Ordering::SeqCst), 0);
     add(&mut qemu, 0);
     assert_eq!(regions(&device), 2);
     // one that is not there is refused
     assert_eq!(remove(&mut qemu, 7 * RAM_BYTES), [1, 0, 0, 0, 0, 0, 0, 0]);
     assert!(server.join().unwrap().is_err());
+    assert_eq!(device.quiet.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn the_device_hears_of_every_choice_of_features() {
+    let device = Arc::new(Shelf::default());
+    let (stream, _server) = serve(&device, &DirtyLogs::new());
+    let mut qemu = Qemu(stream);
+    let heard = |qemu: &mut Qemu| {
+        // what was sent before has been carried out when this is answered
+        qemu.ask(FrontendReq::GET_FEATURES);
+        device.feature_choices.load(Ordering::SeqCst)
+    };
+    // a driver that takes none, and the same again
+    for _ in 0..2 {
+        qemu.number(FrontendReq::SET_FEATURES, 0);
+        assert_eq!(heard(&mut qemu), 1);
+    }
+    // which after a reset is news
+    qemu.send(FrontendReq::RESET_DEVICE, 0, &[], &[]);
+    qemu.number(FrontendReq::SET_FEATURES, 0);
+    assert_eq!(heard(&mut qemu), 2);
 }
 
 #[test]

@@ -167,7 +167,7 @@ fn every_write_is_logged_and_no_other_page() {
 #[test]
 fn malformed_chains_break_the_ring_and_nothing_else() {
     type Case = (&'static str, fn(&Driver), u16);
-    let cases: [Case; 9] = [
+    let cases: [Case; 10] = [
         ("head", |_| {}, 8),
         ("next", |d| d.descriptor(0, 0x8000, 1, VRING_DESC_F_NEXT, 8), 0),
         ("loop", |d| d.descriptor(0, 0x8000, 1, VRING_DESC_F_NEXT, 0), 0),
@@ -185,6 +185,18 @@ fn malformed_chains_break_the_ring_and_nothing_else() {
         (
             "indirect with next",
             |d| d.descriptor(0, 0x8000, 16, VRING_DESC_F_INDIRECT | VRING_DESC_F_NEXT, 1),
+            0,
+        ),
+        (
+            "more descriptors than a request may have",
+            |d| {
+                d.descriptor(0, 0x8000, 16 * 1025, VRING_DESC_F_INDIRECT, 0);
+                for index in 0..1024 {
+                    let more = Descriptor::new(0, 0, VRING_DESC_F_NEXT as u16, index + 1);
+                    d.write(0x8000 + 16 * u64::from(index), more);
+                }
+                d.write(0x8000 + 16 * 1024, Descriptor::new(0x8000, 16, 0, 0));
+            },
             0,
         ),
         (

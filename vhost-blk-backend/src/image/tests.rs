@@ -86,22 +86,22 @@ fn a_served_image_is_handed_over_when_its_last_queue_has_stopped() {
     assert!(matches!(Image::open(&of(file.path())), Err(ImageError::Locked { .. })));
     let third = Image::open(&incoming(file.path())).expect("opening only looks");
     assert!(matches!(third.acquire_within(SOON), Err(ImageError::Locked { .. })));
-    source.release();
+    source.release().unwrap();
     assert!(
         matches!(destination.acquire_within(SOON), Err(ImageError::Locked { .. })),
         "one queue still runs"
     );
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| destination.acquire());
-        source.release();
+        source.release().unwrap();
         waiting.join().unwrap().unwrap();
     });
     // the migration has failed: the source may have it back
     assert!(source.acquire_within(SOON).is_err());
-    destination.release();
+    destination.release().unwrap();
     source.acquire_within(SOON).unwrap();
     // what has failed has left nothing behind
-    source.release();
+    source.release().unwrap();
     third.acquire_within(SOON).unwrap();
 }
 
@@ -114,9 +114,9 @@ fn readers_share_and_keep_writers_out_while_they_serve() {
         reader.acquire_within(SOON).unwrap();
     }
     assert!(writer.acquire_within(SOON).is_err());
-    readers[0].release();
+    readers[0].release().unwrap();
     assert!(writer.acquire_within(SOON).is_err());
-    readers[1].release();
+    readers[1].release().unwrap();
     writer.acquire_within(SOON).unwrap();
     assert!(readers[0].acquire_within(SOON).is_err());
 }
@@ -202,7 +202,7 @@ fn a_null_disk_is_zeros_and_takes_everything() {
     let image = Image::open(&options).unwrap();
     assert_eq!((image.access(), image.bytes(), image.path()), (Access::Null, 1 << 40, Path::new("null")));
     image.acquire().unwrap();
-    image.release();
+    image.release().unwrap();
     image.write_at(&[1; 100], 1 << 39).unwrap();
     let mut data = [1; 100];
     image.read_at(&mut data, 1 << 39).unwrap();
@@ -324,6 +324,6 @@ fn a_block_device_that_the_host_uses_is_refused_and_one_of_ours_is_waited_for() 
     let began = Instant::now();
     assert!(matches!(second.acquire_within(SOON), Err(ImageError::Locked { .. })));
     assert!(began.elapsed() >= SOON);
-    first.release();
+    first.release().unwrap();
     second.acquire_within(SOON).unwrap();
 }

@@ -53,6 +53,7 @@ enum Order {
     Start(usize, Box<Ring>),
     Stop(usize, Sender<u16>),
     Mode(Mode, Sender<()>),
+    Drain(Sender<()>),
     /// What a parked request waits for may have come.
     Look,
     Exit,
@@ -126,6 +127,13 @@ impl Handle {
         let (reply, changed) = bounded(1);
         self.order(Order::Mode(mode, reply));
         changed
+    }
+
+    /// The receiver hears when nothing is in flight of what was when this was called.
+    pub(crate) fn drain(&self) -> Receiver<()> {
+        let (reply, drained) = bounded(1);
+        self.order(Order::Drain(reply));
+        drained
     }
 
     fn order(&self, order: Order) {
@@ -228,10 +236,12 @@ impl Worker {
                 self.queues[index].ring = Some(ring);
             }
             Order::Stop(index, reply) => self.queues[index].stopping = Some(reply),
+            Order::Drain(reply) => {
+                self.drain();
+                let _ = reply.send(());
+            }
             Order::Mode(mode, reply) => {
-                while self.disk.in_flight() > 0 {
-                    self.wait();
-                }
+                self.drain();
                 self.queues.iter_mut().for_each(|queue| queue.copy = None);
                 self.mode = mode;
                 let _ = reply.send(());
@@ -294,16 +304,22 @@ impl Worker {
         }
         self.enter(false);
         done += self.complete();
-        for queue in &mut self.queues {
-            queue.signal();
-        }
+        self.queues.iter_mut().for_each(Queue::signal);
         self.stop_drained();
         done > 0
     }
 
+    /// Waits for something to happen, and tells the drivers of what has ended.
     fn wait(&mut self) {
         self.enter(true);
         self.complete();
+        self.queues.iter_mut().for_each(Queue::signal);
+    }
+
+    fn drain(&mut self) {
+        while self.disk.in_flight() > 0 {
+            self.wait();
+        }
     }
 
     /// Answers the requests whose transfers have ended. Returns how many.
@@ -341,6 +357,10 @@ impl Worker {
                 continue;
             }
             if let Some(ring) = &mut self.queues[index].ring {
+                if ring.is_polled() {
+                    // a timer that has ticked ticks no more until then
+                    ring.drain_kick();
+                }
                 busy |= ring.enable_notification();
                 self.disk.arm(Wake::Kick(index), ring.kick_fd());
             }

@@ -1,7 +1,6 @@
 //! How a worker carries requests out: by what is asked and by what the device is.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use colo::vhost_user::{Chain, Ring};
 
@@ -122,7 +121,7 @@ impl Worker {
         let Self { shared, disk, inline, queues, index: worker, .. } = self;
         let Queue { chain, extents, .. } = &mut queues[index];
         let (metrics, image) = (&shared.metrics[*worker], &*shared.image);
-        let through = shared.write_through.load(Ordering::Relaxed);
+        let through = shared.write_cache.is_through();
         let operation = taken.operation();
         if image.access() == Access::Null || (extents_only(operation) && extents.is_empty()) {
             return settle(taken, ring, chain, metrics, Status::Ok);
@@ -143,6 +142,7 @@ impl Worker {
                 kind
             }
             Operation::Flush | Operation::GetId => {
+                shared.write_cache.flushed();
                 transfer.sync(chain);
                 Kind::Sync
             }
@@ -185,7 +185,7 @@ impl Worker {
             queue.copy = Some(copy);
             return Begun::Waits(taken);
         }
-        let through = self.shared.write_through.load(Ordering::Relaxed);
+        let through = self.shared.write_cache.is_through();
         self.disk.next().write_copy(&mut queue.chain, &self.shared.image, copy, offset, through);
         self.disk.start(taken.admitted(primary, offset));
         Begun::InFlight

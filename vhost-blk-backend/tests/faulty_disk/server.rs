@@ -175,7 +175,7 @@ impl Filesystem for File {
         offset: u64,
         data: &[u8],
         _: WriteFlags,
-        _: OpenFlags,
+        flags: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
@@ -183,7 +183,14 @@ impl Filesystem for File {
             content.copy_from_slice(&data[..content.len()]);
             content.len() as u32
         };
-        match self.access(Access::Write, offset, data.len(), write) {
+        let written = self.access(Access::Write, offset, data.len(), write).and_then(|bytes| {
+            // RWF_DSYNC is the file system's to keep
+            if flags.0 & libc::O_DSYNC != 0 {
+                self.access(Access::Sync, 0, 0, |_| ())?;
+            }
+            Ok(bytes)
+        });
+        match written {
             Ok(bytes) => reply.written(bytes),
             Err(error) => reply.error(error),
         }

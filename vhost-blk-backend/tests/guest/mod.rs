@@ -61,12 +61,15 @@ pub struct Guest {
     seen: u16,
     free: Vec<usize>,
     event_idx: bool,
+    /// It kicks; otherwise the device has to look by itself.
+    kicks: bool,
     queue: usize,
 }
 
 impl Guest {
     /// A guest whose queue 0 is running on `device`.
     pub fn start(device: Arc<Backend>, logs: DirtyLogs) -> Self {
+        device.config_read();
         device.set_features(device.features());
         Self::on_queue(0, device, logs)
     }
@@ -98,10 +101,18 @@ impl Guest {
             seen: 0,
             free: (0..SLOTS as usize).rev().collect(),
             event_idx: true,
+            kicks: true,
             queue,
         };
         guest.resume(0);
         guest
+    }
+
+    /// From here on it does not kick.
+    pub fn stop_kicking(&mut self) {
+        let next_available = self.pause();
+        self.kicks = false;
+        self.resume(next_available);
     }
 
     pub fn pages() -> u64 {
@@ -123,7 +134,7 @@ impl Guest {
             next_available,
             event_idx: self.event_idx,
             memory: self.table.memory().clone(),
-            kick: Some(self.kick.clone()),
+            kick: self.kicks.then(|| self.kick.clone()),
             call: Some(self.call.clone()),
             error: None,
             broken_rings: Arc::default(),
