@@ -1,8 +1,8 @@
 //! A request of the guest: a descriptor chain (virtio 1.2 §2.7.5), read once and checked while it is read.
 //!
 //! The guest may change its descriptors at any time. So each is copied out of guest memory exactly once; what was
-//! checked is what is used, and a [`Chain`] never looks at the table again. Every buffer is resolved to where it is in
-//! this process, with the mapping kept alive by the chain.
+//! checked is what is used, and a [`Chain`] never looks at the table again. (What is fetched ahead into the cache is a
+//! guess.) Every buffer is resolved to where it is in this process, with the mapping kept alive by the chain.
 #![expect(unsafe_code, reason = "copies between guest memory, which others change, and memory of ours")]
 
 use std::mem::size_of;
@@ -335,17 +335,33 @@ impl Table {
         self.host.wrapping_add(usize::from(index) * DESCRIPTOR_BYTES as usize)
     }
 
+    /// Tells the processor that what a descriptor points to will be wanted soon.
+    #[inline]
+    pub(super) fn prefetch_buffer(self, map: &HostMap, index: u16) {
+        if index < self.size
+            && let Some(piece) = map.piece(self.descriptor(index).addr().0, 1)
+        {
+            prefetch(piece.host);
+        }
+    }
+
     /// Tells the processor that a descriptor will be wanted soon.
     #[inline]
     pub(super) fn prefetch(self, index: u16) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch never faults, whatever the address.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.at(index).cast());
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = index;
+        prefetch(self.at(index));
     }
+}
+
+/// Tells the processor that memory will be wanted soon. Any address will do: a prefetch never faults.
+#[inline]
+pub(super) fn prefetch(host: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(host.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = host;
 }
 
 /// Copies the descriptor at `host`.

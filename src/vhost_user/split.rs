@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-use super::chain::Table;
+use super::chain::{Table, prefetch};
 use super::ring::{RingError, RingSetup};
 use crate::memory::{HostMap, Piece};
 
@@ -92,6 +92,13 @@ impl SplitQueue {
     #[inline]
     pub(super) fn available_index(&self) -> u16 {
         u16::from_le(self.field(&self.available, INDEX).load(Ordering::Acquire))
+    }
+
+    /// Tells the processor that the available index, and the entry `index`, will be wanted soon.
+    #[inline]
+    pub(super) fn prefetch_available(&self, index: u16) {
+        prefetch(self.available.host);
+        prefetch(self.available.host.wrapping_add(ENTRIES + 2 * self.slot(index)));
     }
 
     /// The head of the chain that was made available as number `index`.

@@ -5,8 +5,9 @@
 //!
 //! - It belongs to the open file and not to the process. What the kernel still has in flight for a back end that was
 //!   killed keeps that file open, so the lock outlasts the process until the last write has ended, and only then can a
-//!   successor have it (not with shared locks: a read of a killed reader may reach the guest's memory late). A lock file, or a lock on a second descriptor, would be free at the process's end, and an old
-//!   write could still overtake a new one.
+//!   successor have it. A lock file, or a lock on a second descriptor, would be free at the process's end, and an old
+//!   write could still overtake a new one. (Shared locks do not keep a successor waiting: what a killed reader had begun
+//!   to read may reach the guest's memory late.)
 //! - It covers the whole file, so it meets the locks that QEMU takes on single bytes of an image that it has opened
 //!   itself, in both directions.
 //!

@@ -38,6 +38,11 @@ impl Worker {
         if self.disk.take_fired(Wake::Kick(index)) && ring.is_polled() {
             ring.drain_kick();
         }
+        // the driver's next words to the next queue, while this one is served
+        let next = if index + 1 < self.queues.len() { index + 1 } else { 0 };
+        if let Some(next) = &self.queues[next].ring {
+            next.prefetch();
+        }
         let mut done = 0;
         let slow = self.shared.image.access() != Access::Null;
         let most = if self.queues.len() > 1 { SHARED_TURN_REQUESTS_MAX } else { TURN_REQUESTS_MAX };
