@@ -5,10 +5,12 @@
 //! described for other implementers in `docs/control-protocol.md`.
 
 mod client;
+mod once;
 mod protocol;
 mod server;
 mod wire;
 
 pub use client::{Client, ClientError};
+pub use once::{OnceError, command_once};
 pub use protocol::{Command, Event, Greeting, PROTOCOL_VERSION, Role};
 pub use server::{EventSender, Handler, Request, Server};

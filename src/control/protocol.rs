@@ -71,6 +71,11 @@ pub enum Command {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         bytes: Option<u64>,
     },
+    /// Network, not protected: the cable of the guest's card is plugged in or pulled out.
+    Link {
+        /// Whether it is in.
+        up: bool,
+    },
     /// Ask for the figures.
     Status,
 }

@@ -196,9 +196,44 @@ impl Chain {
 
     /// Marks all of the writable part as written, after the kernel has done so.
     pub fn mark_written(&self) {
-        if let Some(map) = &self.map {
-            for piece in self.writable() {
-                map.mark(piece.guest, piece.bytes as usize);
+        self.mark_front(usize::MAX);
+    }
+
+    /// Marks the first bytes of the writable part as written, after the kernel has done so.
+    pub fn mark_front(&self, mut bytes: usize) {
+        let Some(map) = &self.map else {
+            return;
+        };
+        for piece in self.writable() {
+            if bytes == 0 {
+                return;
+            }
+            let here = bytes.min(piece.bytes as usize);
+            map.mark(piece.guest, here);
+            bytes -= here;
+        }
+    }
+
+    /// Writes `data` from `offset` of the writable part on, as far as there is room, and marks it.
+    pub fn write_at(&self, mut offset: usize, mut data: &[u8]) {
+        let Some(map) = &self.map else {
+            return;
+        };
+        for piece in self.writable() {
+            let skipped = offset.min(piece.bytes as usize);
+            offset -= skipped;
+            let here = data.len().min(piece.bytes as usize - skipped);
+            if here == 0 {
+                continue;
+            }
+            let host = piece.host.wrapping_add(skipped);
+            // SAFETY: inside a piece of guest memory that `map` keeps mapped, and no memory of ours, so it does not overlap
+            // with `data`. No reference to guest memory exists.
+            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host, here) };
+            map.mark(piece.guest + skipped as u64, here);
+            data = &data[here..];
+            if data.is_empty() {
+                return;
             }
         }
     }

@@ -4,22 +4,29 @@ use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use super::bind::bind_unix;
 use super::device::Device;
 use super::message::Message;
 use super::session::{Session, SessionError};
+use crate::inherit::Inherited;
 use crate::memory::DirtyLogs;
 
 /// A device at a socket.
 #[derive(Debug)]
 pub struct Server<D> {
-    listener: UnixListener,
-    path: PathBuf,
+    socket: Socket,
     device: Arc<D>,
     logs: DirtyLogs,
     broken_rings: Arc<AtomicU64>,
+}
+
+#[derive(Debug)]
+enum Socket {
+    /// Of this server's own, with the path that it is removed from.
+    Bound(UnixListener, PathBuf),
+    Inherited(Inherited),
 }
 
 impl<D: Device> Server<D> {
@@ -28,44 +35,50 @@ impl<D: Device> Server<D> {
     /// # Errors
     /// The path is in use, is no socket, or its directory cannot be written.
     pub fn bind(path: &Path, device: Arc<D>, logs: DirtyLogs) -> io::Result<Self> {
-        Ok(Self {
-            listener: bind_unix(path)?,
-            path: path.to_owned(),
-            device,
-            logs,
-            broken_rings: Arc::default(),
-        })
+        Ok(Self::new(Socket::Bound(bind_unix(path)?, path.to_owned()), device, logs))
     }
 
-    /// How many rings were broken by a malformed request so far.
-    pub fn broken_rings(&self) -> u64 {
-        self.broken_rings.load(Ordering::Relaxed)
+    /// Listens on a socket, or serves a connection, that the starting process has left open.
+    pub fn inherit(socket: Inherited, device: Arc<D>, logs: DirtyLogs) -> Self {
+        Self::new(Socket::Inherited(socket), device, logs)
     }
 
-    /// Serves one frontend after the other, for ever.
+    fn new(socket: Socket, device: Arc<D>, logs: DirtyLogs) -> Self {
+        Self { socket, device, logs, broken_rings: Arc::default() }
+    }
+
+    /// Serves one frontend after the other, for ever; or the one that was inherited, until it closes the connection.
     ///
     /// # Errors
-    /// The listening socket fails.
-    pub fn run(&self) -> io::Result<()> {
+    /// The listening socket fails, or the inherited connection was closed for this reason.
+    pub fn run(self) -> io::Result<()> {
+        let (listener, name) = match &self.socket {
+            Socket::Bound(listener, path) => (listener, format!("vhost-user socket {}", path.display())),
+            Socket::Inherited(Inherited::Listening(listener)) => (listener, "vhost-user socket".into()),
+            Socket::Inherited(Inherited::Connected(stream)) => {
+                return self.serve(stream.try_clone()?).map_err(io::Error::other);
+            }
+        };
         loop {
-            let (stream, _) = self.listener.accept()?;
-            tracing::info!("vhost-user socket {}: connected", self.path.display());
-            match serve(&*self.device, &self.logs, &self.broken_rings, stream) {
-                Ok(()) => tracing::info!("vhost-user socket {}: disconnected", self.path.display()),
-                Err(error) => {
-                    tracing::error!(
-                        "vhost-user socket {}: closed the connection: {error}",
-                        self.path.display()
-                    );
-                }
+            let (stream, _) = listener.accept()?;
+            tracing::info!("{name}: connected");
+            match self.serve(stream) {
+                Ok(()) => tracing::info!("{name}: disconnected"),
+                Err(error) => tracing::error!("{name}: closed the connection: {error}"),
             }
         }
+    }
+
+    fn serve(&self, stream: UnixStream) -> Result<(), SessionError> {
+        serve(&*self.device, &self.logs, &self.broken_rings, stream)
     }
 }
 
 impl<D> Drop for Server<D> {
     fn drop(&mut self) {
-        drop(std::fs::remove_file(&self.path));
+        if let Socket::Bound(_, path) = &self.socket {
+            drop(std::fs::remove_file(path));
+        }
     }
 }
 

@@ -219,6 +219,7 @@ impl Handler for Controlled {
             Command::TakeOver => self.take_over()?,
             Command::Silence => self.silence(),
             Command::Resize { bytes } => return self.resize(bytes),
+            Command::Link { .. } => return Err("A disk has no cable".into()),
             Command::Status => return Ok(self.status()),
         }
         Ok(json!({}))

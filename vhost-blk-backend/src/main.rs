@@ -6,10 +6,10 @@ mod order;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Parser;
 use colo::control;
-use colo::inherit::{Inherited, inherited_socket};
+use colo::inherit::inherited_socket;
 use colo::memory::DirtyLogs;
 use colo::vhost_user;
 use vhost_blk_backend::backend::Backend;
@@ -49,34 +49,17 @@ fn serve(arguments: &Serve) -> anyhow::Result<()> {
     colo::logging::start().map_err(anyhow::Error::msg)?;
     let backend = Backend::start(&options)?;
     let logs = DirtyLogs::new();
-    let bound = match &arguments.socket_path {
-        Some(path) => Some(
-            vhost_user::Server::bind(path, backend.clone(), logs.clone())
-                .context("The vhost-user socket cannot be made")?,
-        ),
-        None => None,
+    let server = match (&arguments.socket_path, inherited) {
+        (Some(path), _) => vhost_user::Server::bind(path, backend.clone(), logs.clone())
+            .context("The vhost-user socket cannot be made")?,
+        (None, Some(socket)) => vhost_user::Server::inherit(socket, backend.clone(), logs.clone()),
+        (None, None) => unreachable!("one of the group is required"),
     };
     match control {
         None => backend.serve_alone(),
         Some(control) => start_control(control, &backend, &logs, arguments)?,
     }
-    match (bound, inherited) {
-        (Some(server), _) => server.run().context("The vhost-user socket has failed")?,
-        (None, Some(Inherited::Connected(stream))) => {
-            return vhost_user::serve_connection(&*backend, &logs, stream)
-                .context("The vhost-user connection was closed");
-        }
-        (None, Some(Inherited::Listening(listener))) => loop {
-            let (stream, _) = listener.accept().context("The vhost-user socket has failed")?;
-            tracing::info!("vhost-user socket: connected");
-            match vhost_user::serve_connection(&*backend, &logs, stream) {
-                Ok(()) => tracing::info!("vhost-user socket: disconnected"),
-                Err(error) => tracing::error!("vhost-user socket: closed the connection: {error}"),
-            }
-        },
-        (None, None) => unreachable!("one of the group is required"),
-    }
-    bail!("The vhost-user server has ended")
+    server.run().context("The vhost-user socket")
 }
 
 fn start_control(

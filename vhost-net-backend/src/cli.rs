@@ -3,9 +3,10 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{ArgGroup, Parser};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
-use crate::device::MacAddress;
+use crate::device::{MacAddress, PAIRS_MAX};
+use crate::lan::Null;
 use crate::proxy::Config;
 
 const FIGURES: &str = "\
@@ -21,35 +22,111 @@ The control command `status` answers with:
   frames.guest_malformed, guest_too_long, lan_refused
                         what the guest sent and is no frame, what did not fit its buffers, what the tap refused
   frames.lan_ignored    what came from the LAN while this side had no business there
+  queue_pairs           the same frames, for each queue pair
   rings_running, rings_broken
                         queues that the driver has started, and those that it broke with a malformed request
   dirty_log_missed      writes past the end of the dirty log; anything but 0 is a fault
 
 COLO_LOG says how much is logged: error, warn, info (default), debug, trace.";
 
+/// What `--print-capabilities` prints, as docs/interop/vhost-user.json of QEMU describes it.
+pub const CAPABILITIES: &str = r#"{"type": "net"}"#;
+
 /// Serves a guest's network card over vhost-user and connects it to a tap.
 ///
-/// Without more, it is a plain back end: frames pass between the guest and the tap. With --protected and a controller on
-/// the control socket it is one half of COLO's proxy: on the primary what the guest receives is mirrored to the peer, and
-/// what it sends is held until the secondary has sent the same.
+/// Without more, it is a plain back end: frames pass between the guest and the tap, with what either leaves to the other
+/// (checksums, segmentation). With --protected and a controller on the control socket it is one half of COLO's proxy: on
+/// the primary what the guest receives is mirrored to the peer, and what it sends is held until the secondary has sent
+/// the same.
 #[derive(Debug, Parser)]
 #[command(version, name = "vhost-net-backend", max_term_width = 100, after_long_help = FIGURES)]
-#[command(group = ArgGroup::new("control").args(["control_path", "control_fd"]))]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
+    /// What a running back end is told.
+    #[command(subcommand)]
+    pub order: Option<Order>,
+    /// How a card is served.
+    #[command(flatten)]
+    pub serve: Serve,
+}
+
+/// What a running back end is told.
+#[derive(Debug, Subcommand)]
+pub enum Order {
+    /// Plugs the cable of the guest's card in, or pulls it out
+    ///
+    /// Nothing passes without it. A VMM that reads the card's state from the back end (--mac) shows it to the guest; QEMU
+    /// does not: say `set_link` there.
+    Link {
+        /// The control socket of the back end (its --control-path)
+        #[arg(long, value_name = "PATH")]
+        control_path: PathBuf,
+        /// Where it is to be
+        state: LinkState,
+    },
+    /// Prints the figures of a running back end, as JSON
+    Status {
+        /// The control socket of the back end (its --control-path)
+        #[arg(long, value_name = "PATH")]
+        control_path: PathBuf,
+    },
+}
+
+/// Of the cable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LinkState {
+    /// In
+    Up,
+    /// Out
+    Down,
+}
+
+/// How a card is served.
+#[derive(Args, Debug)]
+#[group(skip)]
+#[command(group = ArgGroup::new("socket").required(true).args(["socket_path", "fd"]))]
+#[command(group = ArgGroup::new("lan").required(true).args(["tap", "tap_fd", "macvtap", "null"]))]
+#[command(group = ArgGroup::new("control").args(["control_path", "control_fd"]))]
+pub struct Serve {
     /// Unix socket to listen on for the VMM.
     ///
-    /// A stale socket there is replaced. QEMU: `-chardev socket,id=c,path=PATH -netdev vhost-user,id=n,chardev=c -device
-    /// virtio-net-pci,netdev=n`, and guest RAM with share=on.
+    /// A stale socket there is replaced. QEMU: `-chardev socket,id=c,path=PATH -netdev vhost-user,id=n,chardev=c,queues=N
+    /// -device virtio-net-pci,netdev=n,mq=on`, and guest RAM with share=on.
     #[arg(long, value_name = "PATH")]
-    pub socket_path: PathBuf,
+    pub socket_path: Option<PathBuf>,
+
+    /// The same as an inherited descriptor: of a listening socket, or of a connection, which is served until it ends.
+    #[arg(long, value_name = "FD")]
+    pub fd: Option<RawFd>,
 
     /// Tap to connect the guest to. It is made if it is missing, and brought up.
     ///
-    /// Plug it into a bridge with `ip link set NAME master BRIDGE`.
+    /// Plug it into a bridge with `ip link set NAME master BRIDGE`. For several queue pairs one that exists must have been
+    /// made with multi_queue.
     #[arg(long, value_name = "NAME")]
-    pub tap: String,
+    pub tap: Option<String>,
 
-    /// Unix socket to listen on for a controller, as `colo run` is one (docs/control-protocol.md).
+    /// The same as inherited descriptors, one for each queue pair, separated by commas.
+    ///
+    /// They must have been opened with IFF_TAP, IFF_NO_PI and, but for --protected, IFF_VNET_HDR.
+    #[arg(long, value_name = "FDS", value_delimiter = ',')]
+    pub tap_fd: Vec<RawFd>,
+
+    /// Macvtap to connect the guest to: a card of the host shared by address, without a bridge.
+    ///
+    /// Make it with `ip link add link INTERFACE name NAME type macvtap mode bridge`, with the guest's MAC address.
+    #[arg(long, value_name = "NAME")]
+    pub macvtap: Option<String>,
+
+    /// No LAN at all, to measure: drop, generate:BYTES or reflect.
+    #[arg(long, value_name = "WHAT", conflicts_with = "protected")]
+    pub null: Option<Null>,
+
+    /// Number of queue pairs, 1 to 16, each with a worker of its own; QEMU's queues must not be more.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=PAIRS_MAX as i64))]
+    pub queue_pairs: u16,
+
+    /// Unix socket to listen on for a controller, as `colo run` is one (docs/control-protocol.md), and for orders.
     #[arg(long, value_name = "PATH")]
     pub control_path: Option<PathBuf>,
 
@@ -73,9 +150,9 @@ pub struct Cli {
     #[arg(long, value_name = "US", default_value_t = 50, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
     pub poll_us: u64,
 
-    /// Core to run on. Keep it free of vCPUs.
-    #[arg(long, value_name = "N")]
-    pub core: Option<usize>,
+    /// Cores for the workers, separated by commas: the first's, the second's, and so on. Keep them free of vCPUs.
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub core: Vec<usize>,
 
     /// How long the primary holds a frame that the secondary has not sent before it asks for a checkpoint, in milliseconds.
     #[arg(long, value_name = "MS", default_value_t = 100)]
@@ -84,9 +161,13 @@ pub struct Cli {
     /// How many bytes the primary holds before it asks for a checkpoint.
     #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
     pub held_bytes_max: usize,
+
+    /// Print what this program can do as JSON, ignore everything else, and end.
+    #[arg(long)]
+    pub print_capabilities: bool,
 }
 
-impl Cli {
+impl Serve {
     /// What the proxy is to know.
     pub fn proxy_config(&self) -> Config {
         let mut config = Config::default();
@@ -108,11 +189,29 @@ mod tests {
     fn the_command_line_is_sound() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
-        let minimal = Cli::try_parse_from(["vhost-net-backend", "--socket-path", "s", "--tap", "t"]).unwrap();
+        let parse = |line: &str| {
+            Cli::try_parse_from(std::iter::once("vhost-net-backend").chain(line.split_whitespace()))
+        };
+        let minimal = parse("--socket-path s --tap t").unwrap().serve;
         assert_eq!((minimal.poll_us, minimal.protected, minimal.mac), (50, false, None));
-        let both = ["x", "--socket-path", "s", "--tap", "t", "--control-path", "c", "--control-fd", "3"];
-        assert!(Cli::try_parse_from(both).is_err());
-        let nobody = ["x", "--socket-path", "s", "--tap", "t", "--protected"];
-        assert!(Cli::try_parse_from(nobody).is_err(), "nobody could ever open it");
+        let fds = parse("--fd 3 --tap-fd 4,5 --queue-pairs 2 --core 1,2").unwrap().serve;
+        assert_eq!((fds.tap_fd, fds.core, fds.queue_pairs), (vec![4, 5], vec![1, 2], 2));
+        assert!(matches!(parse("link --control-path c down").unwrap().order, Some(Order::Link { .. })));
+        for wrong in [
+            "",
+            "--socket-path s",
+            "--tap t",
+            "--socket-path s --tap t --null drop",
+            "--socket-path s --tap t --fd 3",
+            "--socket-path s --tap t --queue-pairs 0",
+            "--socket-path s --tap t --queue-pairs 17",
+            "--socket-path s --null discard",
+            "--socket-path s --tap t --control-path c --control-fd 3",
+            "--socket-path s --null drop --control-path c --protected",
+            // nobody could ever open it
+            "--socket-path s --tap t --protected",
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
     }
 }

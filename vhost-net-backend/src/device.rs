@@ -1,59 +1,97 @@
-//! The virtio-net device that the server shows to the frontend; the work is the worker's.
+//! The virtio-net device that the server shows to the frontend: features and configuration space (virtio 1.2 §5.1.3 and
+//! §5.1.4). The work is the workers'.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use colo::runtime::Sender;
-use colo::vhost_user::{Device, Ring};
+use colo::vhost_user::{Device, FrontendChannel, Ring};
 use crossbeam_channel::bounded;
-use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
 
 use crate::worker::Order;
 
-/// Index of the queue with buffers for what the guest receives.
+/// Of a queue pair, the one with buffers for what the guest receives.
 pub const RX: usize = 0;
-/// Index of the queue with what the guest sends.
+/// And the one with what the guest sends.
 pub const TX: usize = 1;
 
-const QUEUES: usize = 2;
+/// The most queue pairs.
+pub const PAIRS_MAX: usize = 16;
 
-/// One queue pair, no offloads.
+/// The device: queue `2 n` and `2 n + 1` are the pair of worker `n`.
 #[derive(Debug)]
 pub struct NetDevice {
-    orders: Sender<Order>,
-    mac: Option<MacAddress>,
+    workers: Vec<Sender<Order>>,
+    offloads: u64,
+    config: Option<Config>,
+    link_up: AtomicBool,
+    channel: FrontendChannel,
+}
+
+/// What the device tells of itself. QEMU's network frontend makes this up.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// The card's address.
+    pub mac: MacAddress,
+    /// The longest packet without its Ethernet header that the driver may send, in bytes.
+    pub mtu: u16,
 }
 
 impl NetDevice {
-    /// A device whose worker takes `orders`. With a MAC address it has a configuration space of its own; QEMU's
-    /// network frontend makes one up.
-    pub fn new(orders: Sender<Order>, mac: Option<MacAddress>) -> Self {
-        Self { orders, mac }
+    /// A device with a queue pair for each worker, and these offloads ([`crate::offload::Offloads`]).
+    pub fn new(workers: Vec<Sender<Order>>, offloads: u64, config: Option<Config>) -> Self {
+        Self { workers, offloads, config, link_up: AtomicBool::new(true), channel: FrontendChannel::new() }
     }
 
-    fn tell(&self, order: Order) {
-        // A worker that has ended takes the process with it; there is nobody left to tell.
-        drop(self.orders.send(order));
+    /// Plugs the cable in or out: tells the workers, and a frontend that asks us for the configuration.
+    pub fn set_link(&self, up: bool) {
+        for worker in &self.workers {
+            tell(worker, Order::Link(up));
+        }
+        if self.link_up.swap(up, Ordering::Relaxed) != up && self.config.is_some() {
+            self.channel.config_changed();
+        }
     }
+}
+
+fn tell(worker: &Sender<Order>, order: Order) {
+    // A worker that has ended takes the process with it; there is nobody left to tell.
+    drop(worker.send(order));
 }
 
 impl Device for NetDevice {
     fn queues(&self) -> usize {
-        QUEUES
+        2 * self.workers.len()
     }
 
     fn features(&self) -> u64 {
-        match self.mac {
-            Some(_) => 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS,
-            None => 0,
+        let mut features = self.offloads;
+        if self.workers.len() > 1 {
+            features |= 1 << VIRTIO_NET_F_MQ;
         }
+        if self.config.is_some() {
+            features |= 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS | 1 << VIRTIO_NET_F_MTU;
+        }
+        features
     }
 
-    /// `struct virtio_net_config` up to the status (virtio 1.2 §5.1.4).
+    /// `struct virtio_net_config` up to the MTU.
     fn config_bytes(&self) -> Vec<u8> {
-        let Some(MacAddress(mac)) = self.mac else {
+        let Some(Config { mac: MacAddress(mac), mtu }) = self.config else {
             return Vec::new();
         };
+        let status = if self.link_up.load(Ordering::Relaxed) { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
         let mut config = mac.to_vec();
-        config.extend_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+        config.extend(status.to_le_bytes());
+        config.extend((self.workers.len() as u16).to_le_bytes()); // max_virtqueue_pairs
+        config.extend(mtu.to_le_bytes());
         config
+    }
+
+    fn frontend_channel(&self) -> Option<&FrontendChannel> {
+        self.config.map(|_| &self.channel)
     }
 
     fn write_config(&self, _offset: u32, _data: &[u8]) -> Result<(), String> {
@@ -61,17 +99,19 @@ impl Device for NetDevice {
     }
 
     fn set_features(&self, features: u64) {
-        self.tell(Order::Features(features));
+        for worker in &self.workers {
+            tell(worker, Order::Features(features));
+        }
     }
 
     fn start_queue(&self, index: usize, ring: Ring) -> Result<(), String> {
-        self.tell(Order::Start { queue: index, ring: Box::new(ring) });
+        tell(&self.workers[index / 2], Order::Start { queue: index % 2, ring: Box::new(ring) });
         Ok(())
     }
 
     fn stop_queue(&self, index: usize) -> u16 {
         let (done, stopped) = bounded(1);
-        self.tell(Order::Stop { queue: index, done });
+        tell(&self.workers[index / 2], Order::Stop { queue: index % 2, done });
         stopped.recv().unwrap_or_default()
     }
 }

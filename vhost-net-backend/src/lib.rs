@@ -5,12 +5,13 @@ pub mod compare;
 pub mod control;
 pub mod device;
 pub mod frame;
+pub mod lan;
 pub mod link;
+pub mod offload;
 pub mod packet;
 mod protection;
 pub mod proxy;
 pub mod rewrite;
-pub mod tap;
 #[cfg(test)]
 mod test_frames;
 pub mod wire;

@@ -1,25 +1,37 @@
 //! `vhost-net-backend`: see `--help`.
 
-use std::convert::Infallible;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, ensure};
 use clap::Parser;
-use colo::control::{self, Greeting};
+use colo::control::{self, Command, Greeting, command_once};
+use colo::inherit::inherited_socket;
 use colo::memory::DirtyLogs;
 use colo::runtime::{mailbox, pin};
 use colo::vhost_user;
-use vhost_net_backend::cli::Cli;
+use vhost_net_backend::cli::{CAPABILITIES, Cli, LinkState, Order, Serve};
 use vhost_net_backend::control::NetHandler;
-use vhost_net_backend::device::NetDevice;
-use vhost_net_backend::tap::Tap;
+use vhost_net_backend::device::{Config, NetDevice};
+use vhost_net_backend::lan::{Port, Tap, TapOptions};
+use vhost_net_backend::offload::Offloads;
 use vhost_net_backend::worker::{Settings, Worker};
 
 fn main() -> ExitCode {
-    match serve(&Cli::parse()) {
-        Ok(never) => match never {},
+    // the conventions: whatever else is on the line
+    if std::env::args_os().any(|argument| argument == "--print-capabilities") {
+        println!("{CAPABILITIES}");
+        return ExitCode::SUCCESS;
+    }
+    let cli = Cli::parse();
+    let result = match &cli.order {
+        Some(order) => give(order),
+        None => serve(&cli.serve),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vhost-net-backend: {error:#}");
             ExitCode::FAILURE
@@ -27,37 +39,106 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(cli: &Cli) -> anyhow::Result<Infallible> {
-    // before anything else is opened: the descriptor is known by its number only
+/// Carries out an order to a back end that runs.
+fn give(order: &Order) -> anyhow::Result<()> {
+    match order {
+        Order::Link { control_path, state } => {
+            command_once(control_path, "net", &Command::Link { up: *state == LinkState::Up })?;
+        }
+        Order::Status { control_path } => {
+            let status = command_once(control_path, "net", &Command::Status)?;
+            println!("{}", serde_json::to_string_pretty(&status)?);
+        }
+    }
+    Ok(())
+}
+
+/// Serves for ever, or one connection that was inherited until it ends.
+fn serve(cli: &Serve) -> anyhow::Result<()> {
+    // before anything else is opened: the descriptors are known by their numbers only
+    let inherited = cli.fd.map(inherited_socket).transpose().context("--fd")?;
+    let taps = cli.tap_fd.iter().map(|number| inherited_file(*number)).collect::<anyhow::Result<Vec<_>>>()?;
     let control = match (cli.control_fd, &cli.control_path) {
         (Some(number), _) => Some(control::Server::inherit(number).context("--control-fd")?),
         (None, Some(path)) => Some(control::Server::bind(path).context("The control socket cannot be made")?),
         (None, None) => None,
     };
     colo::logging::start().map_err(anyhow::Error::msg)?;
-    let tap = Tap::open(&cli.tap)?;
-    let (orders, mailbox) = mailbox()?;
-    let logs = DirtyLogs::new();
-    let device = Arc::new(NetDevice::new(orders.clone(), cli.mac));
-    let server = vhost_user::Server::bind(&cli.socket_path, device, logs.clone())
-        .context("The vhost-user socket cannot be made")?;
-    let events = control.as_ref().map(control::Server::events).unwrap_or_default();
-    let settings = Settings {
-        protected: cli.protected,
-        window: Duration::from_micros(cli.poll_us),
-        proxy: cli.proxy_config(),
+    ensure!(
+        !cli.protected || cli.queue_pairs == 1,
+        "--protected is possible with one queue pair only: what several send has no order that could be compared"
+    );
+    let ports = ports(cli, taps)?;
+    let (offloads, mtu) = match &ports[0] {
+        _ if cli.protected => (0, 1500),
+        Port::Tap(tap) => (Offloads::of_tap(tap.segments_udp()), ports[0].mtu()),
+        Port::Null(_) => (0, 1500),
     };
-    start_worker(Worker::new(tap, mailbox, events, settings), cli.core)?;
-    if let Some(control) = control {
-        start_control(control, NetHandler::new(orders, logs))?;
+    let (senders, mailboxes): (Vec<_>, Vec<_>) =
+        ports.iter().map(|_| mailbox()).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+    let logs = DirtyLogs::new();
+    let config = cli.mac.map(|mac| Config { mac, mtu });
+    let device = Arc::new(NetDevice::new(senders.clone(), offloads, config));
+    let server = match (&cli.socket_path, inherited) {
+        (Some(path), _) => vhost_user::Server::bind(path, device.clone(), logs.clone())
+            .context("The vhost-user socket cannot be made")?,
+        (None, Some(socket)) => vhost_user::Server::inherit(socket, device.clone(), logs.clone()),
+        (None, None) => unreachable!("one of the group is required"),
+    };
+    for (pair, (port, mailbox)) in ports.into_iter().zip(mailboxes).enumerate() {
+        let events = control.as_ref().map(control::Server::events).unwrap_or_default();
+        let settings = Settings {
+            pair,
+            protected: cli.protected,
+            window: Duration::from_micros(cli.poll_us),
+            proxy: cli.proxy_config(),
+        };
+        let core = cli.core.get(pair % cli.core.len().max(1)).copied();
+        start_worker(Worker::new(port, mailbox, events, settings), pair, core)?;
     }
-    server.run().context("The vhost-user socket has failed")?;
-    bail!("The vhost-user server has ended")
+    if let Some(control) = control {
+        start_control(control, NetHandler::new(senders, device, logs))?;
+    }
+    server.run().context("The vhost-user socket")
 }
 
-/// Starts the worker's thread. When that ends, so does the process: a back end that is half dead would keep a VM hanging
+/// The way to the LAN of each queue pair.
+fn ports(cli: &Serve, taps: Vec<(i32, OwnedFd)>) -> anyhow::Result<Vec<Port>> {
+    let queues = usize::from(cli.queue_pairs);
+    let options = TapOptions { queues, headers: !cli.protected };
+    if let Some(null) = cli.null {
+        return Ok(std::iter::repeat_with(|| Port::Null(null)).take(queues).collect());
+    }
+    let taps = match (&cli.tap, &cli.macvtap) {
+        (Some(name), _) => Tap::open(name, options)?,
+        (None, Some(name)) => Tap::open_macvtap(name, options)?,
+        (None, None) => {
+            ensure!(
+                taps.len() == queues,
+                "--tap-fd has {} descriptors, --queue-pairs is {queues}",
+                taps.len()
+            );
+            taps.into_iter()
+                .map(|(number, fd)| Tap::inherit(number, fd, options))
+                .collect::<Result<Vec<_>, _>>()?
+        }
+    };
+    Ok(taps.into_iter().map(Port::Tap).collect())
+}
+
+#[expect(unsafe_code, reason = "a descriptor known by its number only has no owner that the compiler knows")]
+fn inherited_file(number: i32) -> anyhow::Result<(i32, OwnedFd)> {
+    ensure!(number > 2, "--tap-fd {number}: one of the standard descriptors");
+    // SAFETY: nothing of ours owns or closes a descriptor yet; this only asks whether it is open.
+    let open = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+    ensure!(open == 0, "--tap-fd {number}: it is not open");
+    // SAFETY: it is open, and whoever started us left it for this call to own.
+    Ok((number, unsafe { OwnedFd::from_raw_fd(number) }))
+}
+
+/// Starts a worker's thread. When that ends, so does the process: a back end that is half dead would keep a VM hanging
 /// that a peer could take over.
-fn start_worker(worker: Worker, core: Option<usize>) -> anyhow::Result<()> {
+fn start_worker(worker: Worker, pair: usize, core: Option<usize>) -> anyhow::Result<()> {
     let (pinned_tx, pinned) = std::sync::mpsc::channel();
     let work = move || {
         let _ = pinned_tx.send(core.map_or(Ok(()), pin));
@@ -66,9 +147,9 @@ fn start_worker(worker: Worker, core: Option<usize>) -> anyhow::Result<()> {
             Err(error) => eprintln!("vhost-net-backend: The tap is gone: {error}"),
         }
     };
-    std::thread::Builder::new().name("net".into()).spawn(|| {
+    std::thread::Builder::new().name(format!("net-worker-{pair}")).spawn(|| {
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
-            eprintln!("vhost-net-backend: The worker has failed");
+            eprintln!("vhost-net-backend: A worker has failed");
         }
         std::process::exit(1);
     })?;

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use vhost_net_backend::compare::CompareStats;
+use vhost_net_backend::lan::{Tap, TapOptions};
 use vhost_net_backend::proxy::{Action, Actions, Config, Primary, Secondary};
-use vhost_net_backend::tap::Tap;
 
 const GUEST: &str = "10.0.0.9";
 const CLIENT: &str = "10.0.0.1";
@@ -48,7 +48,7 @@ fn stack<T: Send + 'static>(
             assert!(done.is_ok_and(|status| status.success()), "ip {arguments}");
         };
         std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
-        let tap = Tap::open("eth0").unwrap();
+        let tap = Tap::open("eth0", TapOptions { queues: 1, headers: false }).unwrap().remove(0);
         ip(&format!("link set eth0 address {mac}"));
         ip(&format!("addr add {address}/24 dev eth0"));
         made.send(tap).unwrap();

@@ -1,10 +1,11 @@
-//! How a worker moves frames between the guest's rings and the tap.
+//! How a worker moves frames of a pair between the guest's rings, the proxy and the tap: whole, and one by one.
 
 use std::io;
 
 use super::{BATCH_FRAMES, Mode, Worker};
 use crate::device::{RX, TX};
 use crate::frame::{self, FRAME_BYTES_MIN};
+use crate::lan::Port;
 use crate::protection::Lan;
 
 impl Worker {
@@ -18,7 +19,7 @@ impl Worker {
             && ring.pop(&mut self.chain)
         {
             any = true;
-            match frame::to_guest(&self.chain, self.header_bytes, frame) {
+            match frame::to_guest(&self.chain, self.offloads.header_bytes(), frame) {
                 Some(used) => ring.add_used(self.chain.head(), used),
                 None => {
                     self.counters.guest_too_long += 1;
@@ -33,8 +34,7 @@ impl Worker {
 
     pub(super) fn takes_output(&self) -> bool {
         match &self.mode {
-            Mode::Plain => true,
-            Mode::Closed => false,
+            Mode::Plain | Mode::Closed => false,
             Mode::Protected(protection) => protection.takes_output(),
         }
     }
@@ -52,7 +52,7 @@ impl Worker {
                 break;
             }
             any = true;
-            let frame = frame::from_guest(&mut self.chain, self.header_bytes, &mut self.frame);
+            let frame = frame::from_guest(&mut self.chain, self.offloads.header_bytes(), &mut self.frame);
             ring.add_used(self.chain.head(), 0);
             let Some(frame) = frame else {
                 self.counters.guest_malformed += 1;
@@ -60,14 +60,9 @@ impl Worker {
             };
             self.counters.guest_frames += 1;
             self.counters.guest_bytes += frame.len() as u64;
-            match &mut self.mode {
-                Mode::Protected(protection) => {
-                    protection.guest_output(frame);
-                    self.carry_out();
-                }
-                Mode::Plain | Mode::Closed => {
-                    self.counters.lan_refused += u64::from(!self.tap.write(frame));
-                }
+            if let Mode::Protected(protection) = &mut self.mode {
+                protection.guest_output(frame);
+                self.carry_out();
             }
         }
         if let Some(ring) = &mut self.rings[TX] {
@@ -78,8 +73,7 @@ impl Worker {
 
     pub(super) fn lan(&self) -> Lan {
         match &self.mode {
-            Mode::Plain => Lan::Deliver,
-            Mode::Closed => Lan::Ignore,
+            Mode::Plain | Mode::Closed => Lan::Ignore,
             Mode::Protected(protection) => protection.lan(),
         }
     }
@@ -101,7 +95,7 @@ impl Worker {
             if !ring.has_available() {
                 break;
             }
-            let Some(bytes) = self.tap.read(&mut self.frame[..])? else {
+            let Some(bytes) = read(&self.port, &mut self.frame[..])? else {
                 break;
             };
             any = true;
@@ -114,23 +108,18 @@ impl Worker {
             if !ring.pop(&mut self.chain) {
                 break;
             }
-            if frame::room(&self.chain, self.header_bytes) < bytes {
+            if frame::room(&self.chain, self.offloads.header_bytes()) < bytes {
                 self.counters.guest_too_long += 1;
                 ring.undo_pop(&self.chain);
                 continue;
             }
+            // mirrored, and delivered in the same breath
+            ring.undo_pop(&self.chain);
             if let Mode::Protected(protection) = &mut self.mode {
-                // mirrored, and delivered in the same breath
-                ring.undo_pop(&self.chain);
                 protection.lan_input(frame);
-                self.carry_out();
-                self.deliver();
-                continue;
             }
-            match frame::to_guest(&self.chain, self.header_bytes, frame) {
-                Some(used) => ring.add_used(self.chain.head(), used),
-                None => ring.undo_pop(&self.chain),
-            }
+            self.carry_out();
+            self.deliver();
         }
         if let Some(ring) = &mut self.rings[RX] {
             ring.signal_used();
@@ -141,11 +130,15 @@ impl Worker {
     /// Keeps the tap from filling up with what will be old when this side may use it.
     pub(super) fn ignore_lan(&mut self) -> io::Result<bool> {
         for count in 0..BATCH_FRAMES {
-            if self.tap.read(&mut self.frame[..])?.is_none() {
+            if read(&self.port, &mut self.frame[..])?.is_none() {
                 return Ok(count > 0);
             }
             self.counters.lan_ignored += 1;
         }
         Ok(true)
     }
+}
+
+fn read(port: &Port, frame: &mut [u8]) -> io::Result<Option<usize>> {
+    port.tap().map_or(Ok(None), |tap| tap.read(frame))
 }

@@ -4,8 +4,10 @@
 //! On the primary this is also what makes a checkpoint whole: a frame is mirrored exactly when it is put into the PVM's
 //! ring, so that it is either in the PVM's state at the marker or mirrored after it.
 
+mod buffers;
 mod frames;
 mod pair;
+mod plain;
 #[cfg(test)]
 mod tests;
 
@@ -21,12 +23,14 @@ use crossbeam_channel::Sender;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::Serialize;
 use serde_json::{Value, json};
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
-use crate::frame::{FRAME_BYTES_MAX, HEADER_BYTES, LEGACY_HEADER_BYTES};
+use self::buffers::Buffers;
+use crate::device::RX;
+use crate::frame::FRAME_BYTES_MAX;
+use crate::lan::{Port, Vectors};
+use crate::offload::Offloads;
 use crate::protection::{Lan, Protection};
 use crate::proxy::Config;
-use crate::tap::Tap;
 
 /// So many frames are moved in one direction before the others get their turn, and the guest is told of all of them at once.
 const BATCH_FRAMES: usize = 64;
@@ -50,6 +54,8 @@ pub enum Order {
     },
     /// The driver's choice of features; no queue runs.
     Features(u64),
+    /// The cable of a plain back end is in, or out.
+    Link(bool),
     /// A controller's command.
     Command {
         /// Which.
@@ -98,12 +104,19 @@ enum Mode {
 /// What a worker is made of.
 #[derive(Debug)]
 pub struct Worker {
-    tap: Tap,
+    port: Port,
     orders: Mailbox<Order>,
     events: EventSender,
+    pair: usize,
     config: Config,
     rings: [Option<Box<Ring>>; 2],
-    header_bytes: usize,
+    offloads: Offloads,
+    /// Taken from the receive ring ahead.
+    buffers: Buffers,
+    /// What a frame for the guest may need, header included.
+    frame_room: usize,
+    link_up: bool,
+    vectors: Vectors,
     mode: Mode,
     polling: Polling,
     counters: Counters,
@@ -115,6 +128,8 @@ pub struct Worker {
 /// What a worker is told once.
 #[derive(Debug)]
 pub struct Settings {
+    /// Which queue pair it is.
+    pub pair: usize,
     /// Let nothing pass until a controller says otherwise.
     pub protected: bool,
     /// How long to look for work before sleeping, at most.
@@ -124,15 +139,20 @@ pub struct Settings {
 }
 
 impl Worker {
-    /// A worker for one tap.
-    pub fn new(tap: Tap, orders: Mailbox<Order>, events: EventSender, settings: Settings) -> Self {
+    /// A worker for one queue pair. A tap has virtio-net headers unless the back end is to be protected.
+    pub fn new(port: Port, orders: Mailbox<Order>, events: EventSender, settings: Settings) -> Self {
         Self {
-            tap,
+            port,
             orders,
             events,
+            pair: settings.pair,
             config: settings.proxy,
             rings: [None, None],
-            header_bytes: HEADER_BYTES,
+            offloads: Offloads::negotiated(0),
+            buffers: Buffers::default(),
+            frame_room: 0,
+            link_up: true,
+            vectors: Vectors::default(),
             mode: if settings.protected { Mode::Closed } else { Mode::Plain },
             polling: Polling::new(settings.window),
             counters: Counters::default(),
@@ -159,13 +179,22 @@ impl Worker {
                 continue;
             }
             self.sleep()?;
+            for ring in self.rings.iter_mut().flatten() {
+                ring.drain_kick();
+                ring.disable_notification();
+            }
             self.polling.slept(idle_since.elapsed());
         }
     }
 
     /// Does what there is to do. Returns whether there was something.
     fn turn(&mut self) -> io::Result<bool> {
-        let mut any = self.take_orders();
+        let mut any = self.take_orders()?;
+        if self.is_plain() {
+            any |= self.transmit();
+            any |= self.receive()?;
+            return Ok(any);
+        }
         any |= self.peer_input();
         any |= self.deliver();
         any |= self.guest_output();
@@ -175,7 +204,7 @@ impl Worker {
         Ok(any)
     }
 
-    fn take_orders(&mut self) -> bool {
+    fn take_orders(&mut self) -> io::Result<bool> {
         let mut any = false;
         while let Some(order) = self.orders.try_recv() {
             any = true;
@@ -183,20 +212,29 @@ impl Worker {
                 Order::Start { queue, ring } => {
                     if let Some(slot) = self.rings.get_mut(queue) {
                         slot.insert(ring).disable_notification();
+                        if queue == RX {
+                            self.frame_room = plain::frame_room(&self.port, self.offloads);
+                            self.port.set_receiving(true)?;
+                        }
                     }
                 }
                 Order::Stop { queue, done } => {
-                    // nothing of a ring is ever in flight between two turns
-                    let ring = self.rings.get_mut(queue).and_then(Option::take);
+                    // nothing of a ring is in flight between two turns but buffers without a frame
+                    let mut ring = self.rings.get_mut(queue).and_then(Option::take);
+                    if let Some(ring) = ring.as_mut().filter(|_| queue == RX) {
+                        self.buffers.put_back(ring);
+                        self.stop_receiving()?;
+                    }
                     let next = ring.map_or(0, |ring| ring.next_avail());
                     // it would keep the guest's memory mapped
                     self.chain.clear();
                     let _ = done.send(next);
                 }
                 Order::Features(features) => {
-                    let modern = features >> VIRTIO_F_VERSION_1 & 1 == 1;
-                    self.header_bytes = if modern { HEADER_BYTES } else { LEGACY_HEADER_BYTES };
+                    self.offloads = Offloads::negotiated(features);
+                    self.port.set_offloads(self.offloads)?;
                 }
+                Order::Link(up) => self.link_up = up,
                 Order::Command { command, link, reply } => {
                     let answer = self.command(&command, link);
                     // a marker has to be on its way, and everything released, when the controller hears of it
@@ -206,7 +244,12 @@ impl Worker {
                 Order::ControllerLost => self.controller_lost(),
             }
         }
-        any
+        Ok(any)
+    }
+
+    /// What comes for a guest that receives nothing waits in the first queue.
+    fn stop_receiving(&self) -> io::Result<()> {
+        if self.pair > 0 { self.port.set_receiving(false) } else { Ok(()) }
     }
 
     fn status(&self) -> Value {
@@ -226,6 +269,9 @@ impl Worker {
 
     /// Waits for something to do. Returns at once if there is something already.
     fn sleep(&mut self) -> io::Result<()> {
+        if self.is_plain() {
+            return self.sleep_plain();
+        }
         let (lan, takes_output) = (self.lan(), self.takes_output());
         let protection = match &self.mode {
             Mode::Protected(protection) => Some(protection),
@@ -241,8 +287,10 @@ impl Worker {
             return Ok(());
         }
         let mut fds = vec![PollFd::new(&self.orders, PollFlags::IN)];
-        if lan == Lan::Ignore || (lan == Lan::Deliver && can_receive) {
-            fds.push(PollFd::new(&self.tap, PollFlags::IN));
+        if let Some(tap) = self.port.tap()
+            && (lan == Lan::Ignore || (lan == Lan::Deliver && can_receive))
+        {
+            fds.push(PollFd::new(tap, PollFlags::IN));
         }
         if let Some(ring) = rx.as_ref().filter(|_| !can_receive && (waiting || lan == Lan::Deliver)) {
             fds.push(PollFd::from_borrowed_fd(ring.kick_fd(), PollFlags::IN));
@@ -269,10 +317,6 @@ impl Worker {
         }
         if fds[0].revents().contains(PollFlags::IN) {
             self.orders.rearm();
-        }
-        for ring in self.rings.iter_mut().flatten() {
-            ring.drain_kick();
-            ring.disable_notification();
         }
         Ok(())
     }

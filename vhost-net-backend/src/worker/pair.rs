@@ -18,10 +18,17 @@ impl Worker {
         match (command, &mut self.mode) {
             (Command::Status, _) => return Ok(self.status()),
             (Command::Resize { .. }, _) => return Err("Only a disk can be resized".into()),
+            (Command::Link { .. }, Mode::Plain) => {}
+            (Command::Link { .. }, _) => {
+                return Err("The network of a protected VM has no cable of its own".into());
+            }
             (Command::Attach { .. }, Mode::Protected(_)) => {
                 return Err("This back end is or was one half of a pair; start another".into());
             }
-            (Command::Attach { role, epoch }, _) => {
+            (Command::Attach { .. }, Mode::Plain) => {
+                return Err("This back end leaves work to the guest that a pair cannot compare: start it with --protected".into());
+            }
+            (Command::Attach { role, epoch }, Mode::Closed) => {
                 let link = link.ok_or("The connection to the peer is missing")?;
                 let link = Link::new(link).map_err(|error| format!("The connection to the peer: {error}"))?;
                 let protection = Protection::new(*role, &self.config, *epoch, link);
@@ -119,7 +126,8 @@ impl Worker {
                 Action::ToLan(frame) => {
                     // the proxy wants this in no other phase; if it did, the other side may have won (rule 3)
                     if matches!(protection.phase, Phase::Paired | Phase::Alone) {
-                        self.counters.lan_refused += u64::from(!self.tap.write(frame));
+                        let sent = self.port.tap().is_some_and(|tap| tap.write(frame));
+                        self.counters.lan_refused += u64::from(!sent);
                     }
                 }
                 Action::ToGuest(frame) => protection.undelivered.push(frame),

@@ -20,13 +20,16 @@ use crossbeam_channel::{Receiver, bounded, unbounded};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde_json::Value;
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::control::NetHandler;
-use crate::device::{RX, TX};
+use crate::device::{NetDevice, RX, TX};
+use crate::frame::{HEADER_BYTES, LEGACY_HEADER_BYTES};
+use crate::lan::Tap;
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// Long enough for what must not happen to happen.
@@ -101,6 +104,8 @@ struct Bench {
     lan: OwnedFd,
     queues: [Queue; 2],
     header_bytes: usize,
+    /// Of the frames on the LAN.
+    lan_header_bytes: usize,
     client: Option<Client>,
     events: Receiver<Option<Event>>,
     /// What the back end's memory mapping logs to.
@@ -110,6 +115,10 @@ struct Bench {
 
 impl Bench {
     fn start(protected: bool) -> Self {
+        Self::start_with(protected, |tap| Port::Tap(Tap::from_packets(tap, !protected)))
+    }
+
+    fn start_with(protected: bool, port: impl FnOnce(OwnedFd) -> Port) -> Self {
         let (ours, lan) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -133,10 +142,12 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control");
         let server = Server::bind(&path).unwrap();
-        let settings = Settings { protected, window: Duration::from_micros(50), proxy: Config::default() };
-        let worker = Worker::new(Tap::from_packets(ours), mailbox, server.events(), settings);
+        let settings =
+            Settings { pair: 0, protected, window: Duration::from_micros(50), proxy: Config::default() };
+        let worker = Worker::new(port(ours), mailbox, server.events(), settings);
         std::thread::spawn(|| worker.run());
-        let mut handler = NetHandler::new(orders.clone(), logs.clone());
+        let device = Arc::new(NetDevice::new(vec![orders.clone()], 0, None));
+        let mut handler = NetHandler::new(vec![orders.clone()], device, logs.clone());
         let greeting = Greeting {
             protocol: PROTOCOL_VERSION,
             device: "net".into(),
@@ -161,6 +172,7 @@ impl Bench {
             lan,
             queues,
             header_bytes: HEADER_BYTES,
+            lan_header_bytes: if protected { 0 } else { HEADER_BYTES },
             client: Some(client),
             events,
             memory: map(&logs),
@@ -213,18 +225,28 @@ impl Bench {
 
     /// The guest sends a frame.
     fn guest_sends(&mut self, frame: &[u8]) {
+        self.guest_sends_with(&vec![0; self.header_bytes], frame);
+    }
+
+    fn guest_sends_with(&mut self, header: &[u8], frame: &[u8]) {
         let queue = &mut self.queues[TX];
-        let at = queue.buffer(queue.available % SIZE) + self.header_bytes as u64;
-        queue.memory.write_slice(frame, GuestAddress(at)).unwrap();
-        queue.offer(0, (self.header_bytes + frame.len()) as u32);
+        let at = queue.buffer(queue.available % SIZE);
+        queue.memory.write_slice(&[header, frame].concat(), GuestAddress(at)).unwrap();
+        queue.offer(0, (header.len() + frame.len()) as u32);
+    }
+
+    /// The next buffer that the guest gets back.
+    fn guest_buffer(&mut self, limit: Duration) -> Option<Vec<u8>> {
+        let queue = &mut self.queues[RX];
+        let (head, bytes) = queue.used(limit)?;
+        let mut data = vec![0; bytes as usize];
+        queue.memory.read_slice(&mut data, GuestAddress(queue.buffer(head))).unwrap();
+        Some(data)
     }
 
     /// The next frame that the guest receives.
     fn guest_receives(&mut self, limit: Duration) -> Option<Vec<u8>> {
-        let queue = &mut self.queues[RX];
-        let (head, bytes) = queue.used(limit)?;
-        let mut frame = vec![0; bytes as usize];
-        queue.memory.read_slice(&mut frame, GuestAddress(queue.buffer(head))).unwrap();
+        let mut frame = self.guest_buffer(limit)?;
         let rest = frame.split_off(self.header_bytes);
         let mut header = vec![0; self.header_bytes];
         if let Some(count) = header.get_mut(10) {
@@ -235,10 +257,12 @@ impl Bench {
     }
 
     fn lan_sends(&self, frame: &[u8]) {
-        rustix::io::write(&self.lan, frame).unwrap();
+        let header = vec![0; self.lan_header_bytes];
+        rustix::io::write(&self.lan, &[&header, frame].concat()).unwrap();
     }
 
-    fn lan_receives(&self, limit: Duration) -> Option<Vec<u8>> {
+    /// The next frame on the LAN, with its header.
+    fn lan_receives_with(&self, limit: Duration) -> Option<Vec<u8>> {
         if !readable(&self.lan, limit) {
             return None;
         }
@@ -246,6 +270,13 @@ impl Bench {
         let bytes = rustix::io::read(&self.lan, &mut frame).unwrap();
         frame.truncate(bytes);
         Some(frame)
+    }
+
+    fn lan_receives(&self, limit: Duration) -> Option<Vec<u8>> {
+        let mut frame = self.lan_receives_with(limit)?;
+        let rest = frame.split_off(self.lan_header_bytes);
+        assert!(frame.iter().all(|byte| *byte == 0), "{frame:?}");
+        Some(rest)
     }
 
     fn call(&mut self, command: &Command) -> Result<Value, ClientError> {

@@ -1,6 +1,12 @@
 //! A back end that protects nothing, and one that waits for its orders.
 
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_MRG_RXBUF,
+};
+
 use super::*;
+use crate::lan::Null;
 
 #[test]
 fn frames_pass_both_ways_in_order() {
@@ -25,7 +31,7 @@ fn frames_pass_both_ways_in_order() {
 fn a_driver_from_before_virtio_1_has_a_shorter_header() {
     let mut bench = Bench::start(false);
     bench.features(0);
-    bench.header_bytes = LEGACY_HEADER_BYTES;
+    (bench.header_bytes, bench.lan_header_bytes) = (LEGACY_HEADER_BYTES, LEGACY_HEADER_BYTES);
     bench.start_rings([0, 0]);
     bench.offer_buffer();
     bench.lan_sends(&frame("in"));
@@ -122,4 +128,122 @@ fn a_dirty_log_learns_of_every_page_that_is_written() {
     expected.sort_unstable();
     assert_eq!(pages.iter().collect::<Vec<_>>(), expected);
     assert_eq!(bench.status("/dirty_log_missed"), 0);
+}
+
+const OFFLOADS: u64 = 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_NET_F_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_CSUM
+    | 1 << VIRTIO_NET_F_GUEST_TSO4
+    | 1 << VIRTIO_NET_F_HOST_TSO4
+    | 1 << VIRTIO_NET_F_MRG_RXBUF;
+
+#[test]
+fn a_long_frame_lies_in_as_many_buffers_as_it_takes() {
+    let mut bench = Bench::start(false);
+    bench.features(OFFLOADS);
+    bench.start_rings([0, 0]);
+    // a quarter of the ring, so that the frame is not cut off
+    for _ in 0..7 {
+        bench.offer_buffer();
+    }
+    let frame: Vec<u8> = (0..4000).map(|at| (at >> 3) as u8).collect();
+    let mut header = [0; HEADER_BYTES];
+    header[..10].copy_from_slice(&[1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0]);
+    rustix::io::write(&bench.lan, &[&header[..], &frame].concat()).unwrap();
+    assert_eq!(bench.guest_buffer(MOMENT), None);
+    bench.offer_buffer();
+    let parts: Vec<_> = (0..3).map(|_| bench.guest_buffer(LIMIT).unwrap()).collect();
+    header[10] = 3;
+    assert_eq!(parts.iter().map(Vec::len).collect::<Vec<_>>(), [1526, 1526, 960]);
+    assert!(parts.concat() == [&header[..], &frame].concat());
+    assert_eq!(bench.guest_buffer(MOMENT), None, "one frame");
+    // those that were taken ahead are not lost
+    assert_eq!(bench.stop_rings(), [3, 0]);
+    bench.start_rings([3, 0]);
+    for _ in 0..3 {
+        bench.offer_buffer();
+    }
+    bench.lan_sends(&frame[..60]);
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame[..60].to_vec()));
+    assert_eq!(bench.status("/frames/guest_too_long"), 0);
+}
+
+#[test]
+fn what_is_left_to_the_lan_was_negotiated() {
+    let mut bench = Bench::start(false);
+    bench.features(OFFLOADS);
+    bench.start_rings([0, 0]);
+    let frame = [7; 600];
+    let large = [1, 1, 54, 0, 0xa8, 1, 34, 0, 16, 0, 0, 0];
+    bench.guest_sends_with(&large, &frame);
+    assert_eq!(bench.lan_receives_with(LIMIT), Some([&large[..], &frame].concat()));
+    // TCP over IPv6 was not, and a checksum outside of the frame is none
+    for lie in [[1, 4, 74, 0, 0xa8, 1, 54, 0, 16, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0x56, 2, 1, 0, 0, 0]] {
+        bench.guest_sends_with(&lie, &frame);
+    }
+    bench.guest_sends(&frame);
+    assert_eq!(bench.lan_receives(LIMIT), Some(frame.to_vec()));
+    assert_eq!(bench.status("/frames/guest_malformed"), 2);
+    // and without offloads nothing is
+    let next = bench.stop_rings();
+    bench.features(1 << VIRTIO_F_VERSION_1);
+    bench.start_rings(next);
+    bench.guest_sends_with(&large, &frame);
+    bench.guest_sends(&frame);
+    assert_eq!(bench.lan_receives(LIMIT), Some(frame.to_vec()));
+    assert_eq!(bench.status("/frames/guest_malformed"), 3);
+}
+
+#[test]
+fn without_a_cable_nothing_passes() {
+    let mut bench = Bench::start(false);
+    bench.start_rings([0, 0]);
+    bench.offer_buffer();
+    bench.call(&Command::Link { up: false }).unwrap();
+    bench.lan_sends(&frame("lost"));
+    bench.guest_sends(&frame("lost"));
+    assert!(bench.queues[TX].used(LIMIT).is_some(), "what is sent is taken all the same");
+    while bench.status("/frames/lan_ignored") != 1 {}
+    bench.call(&Command::Link { up: true }).unwrap();
+    bench.lan_sends(&frame("in"));
+    bench.guest_sends(&frame("out"));
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("in")));
+    assert_eq!(bench.lan_receives(LIMIT), Some(frame("out")));
+}
+
+#[test]
+fn a_lan_that_is_not_there_takes_gives_or_reflects() {
+    let start = |null| {
+        let mut bench = Bench::start_with(false, |_| Port::Null(null));
+        bench.start_rings([0, 0]);
+        bench.guest_sends(&frame("one"));
+        bench.offer_buffer();
+        bench
+    };
+    let mut drop = start(Null::Drop);
+    assert!(drop.queues[TX].used(LIMIT).is_some());
+    assert_eq!(drop.guest_receives(MOMENT), None);
+    let mut generate = start(Null::Generate(64));
+    assert_eq!(generate.guest_receives(LIMIT), Some(vec![0; 64]));
+    generate.offer_buffer();
+    assert_eq!(generate.guest_receives(LIMIT), Some(vec![0; 64]));
+    assert!(generate.queues[TX].used(LIMIT).is_some());
+    let mut reflect = start(Null::Reflect);
+    assert_eq!(reflect.guest_receives(LIMIT), Some(frame("one")));
+    reflect.guest_sends(&frame("two"));
+    assert_eq!(reflect.guest_receives(MOMENT), None);
+    reflect.offer_buffer();
+    assert_eq!(reflect.guest_receives(LIMIT), Some(frame("two")));
+}
+
+#[test]
+fn what_leaves_work_to_the_guest_is_no_half_of_a_pair() {
+    let mut bench = Bench::start(false);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let attach = Command::Attach { role: Role::Primary, epoch: 1 };
+    let refused = bench.client.as_mut().unwrap().call(&attach, &[theirs.as_fd()], LIMIT).unwrap_err();
+    assert!(refused.to_string().contains("--protected"), "{refused}");
+    drop(ours);
+    let mut protected = Bench::start(true);
+    assert!(protected.call(&Command::Link { up: false }).is_err());
 }

@@ -1,0 +1,240 @@
+//! Checksums and segmentation that one side leaves to the other: what the driver has negotiated, and whether the header
+//! of a packet keeps to it (virtio 1.2 §5.1.3, §5.1.6).
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4,
+    VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
+};
+
+use crate::frame::{FRAME_BYTES_MIN, HEADER_BYTES, LEGACY_HEADER_BYTES};
+
+/// A virtio-net header, without `num_buffers` for a driver from before virtio 1.0.
+pub(crate) type Header = [u8; HEADER_BYTES];
+
+const HDR_LEN_AT: usize = 2;
+const GSO_SIZE_AT: usize = 4;
+const CSUM_START_AT: usize = 6;
+const CSUM_OFFSET_AT: usize = 8;
+
+/// What a driver may leave to the device, and the device to the driver. Each bit with what Linux calls it at a tap, which
+/// is about what the tap gives.
+const TO_GUEST: [(u32, u32); 6] = [
+    (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+    (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+    (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
+    (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
+    (VIRTIO_NET_F_GUEST_USO4, libc::TUN_F_USO4),
+    (VIRTIO_NET_F_GUEST_USO6, libc::TUN_F_USO6),
+];
+const TO_LAN: [u32; 5] = [
+    VIRTIO_NET_F_CSUM,
+    VIRTIO_NET_F_HOST_TSO4,
+    VIRTIO_NET_F_HOST_TSO6,
+    VIRTIO_NET_F_HOST_ECN,
+    VIRTIO_NET_F_HOST_USO,
+];
+
+/// The offloads that a driver has negotiated, and the header that goes with them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    features: u64,
+}
+
+impl Offloads {
+    /// From the driver's features.
+    pub fn negotiated(features: u64) -> Self {
+        Self { features }
+    }
+
+    /// All that a tap can do. `udp`: its kernel segments UDP too (Linux 6.2).
+    pub fn of_tap(udp: bool) -> u64 {
+        let of_udp = [VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6];
+        TO_LAN
+            .into_iter()
+            .chain(TO_GUEST.map(|(bit, _)| bit))
+            .chain([VIRTIO_NET_F_MRG_RXBUF])
+            .filter(|bit| udp || !of_udp.contains(bit))
+            .fold(0, |bits, bit| bits | 1 << bit)
+    }
+
+    fn has(self, bit: u32) -> bool {
+        self.features >> bit & 1 == 1
+    }
+
+    /// Whether anything is left to the other side.
+    pub fn any(self) -> bool {
+        TO_LAN.into_iter().chain(TO_GUEST.map(|(bit, _)| bit)).any(|bit| self.has(bit))
+    }
+
+    /// Whether a frame may lie in several of the driver's buffers.
+    pub fn mergeable(self) -> bool {
+        self.has(VIRTIO_NET_F_MRG_RXBUF)
+    }
+
+    /// Length of the header (§5.1.6).
+    pub fn header_bytes(self) -> usize {
+        if self.has(VIRTIO_F_VERSION_1) || self.mergeable() { HEADER_BYTES } else { LEGACY_HEADER_BYTES }
+    }
+
+    /// Whether the guest takes frames that are longer than the LAN's.
+    pub fn receives_large(self) -> bool {
+        TO_GUEST[1..].iter().any(|(bit, _)| self.has(*bit))
+    }
+
+    /// What a tap may leave to the guest (TUNSETOFFLOAD).
+    pub(crate) fn tap_flags(self) -> u32 {
+        // without checksums there is no segmentation to leave to anybody
+        if !self.has(VIRTIO_NET_F_GUEST_CSUM) {
+            return 0;
+        }
+        let mut flags =
+            TO_GUEST.iter().filter(|(bit, _)| self.has(*bit)).fold(0, |flags, (_, flag)| flags | flag);
+        // Linux takes those for UDP only together
+        let udp = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+        if flags & udp != udp {
+            flags &= !udp;
+        }
+        flags
+    }
+
+    /// Whether a header that the guest sends with a frame of `frame_bytes` bytes keeps to what was negotiated, and makes
+    /// sense. Bits that mean nothing in this direction are cleared, as is `num_buffers`.
+    pub(crate) fn admit(self, header: &mut Header, frame_bytes: usize) -> bool {
+        let word = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
+        let (start, offset, size) = (word(CSUM_START_AT), word(CSUM_OFFSET_AT), word(GSO_SIZE_AT));
+        let needs_checksum = u32::from(header[0]) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
+        if needs_checksum
+            && (!self.has(VIRTIO_NET_F_CSUM) || start < FRAME_BYTES_MIN || start + offset + 2 > frame_bytes)
+        {
+            return false;
+        }
+        let ecn = u32::from(header[1]) & VIRTIO_NET_HDR_GSO_ECN != 0;
+        let bit = match u32::from(header[1]) & !VIRTIO_NET_HDR_GSO_ECN {
+            VIRTIO_NET_HDR_GSO_NONE => None,
+            VIRTIO_NET_HDR_GSO_TCPV4 => Some(VIRTIO_NET_F_HOST_TSO4),
+            VIRTIO_NET_HDR_GSO_TCPV6 => Some(VIRTIO_NET_F_HOST_TSO6),
+            VIRTIO_NET_HDR_GSO_UDP_L4 => Some(VIRTIO_NET_F_HOST_USO),
+            _ => return false,
+        };
+        match bit {
+            Some(bit) => {
+                if !self.has(bit) || !needs_checksum || size == 0 || ecn && !self.has(VIRTIO_NET_F_HOST_ECN) {
+                    return false;
+                }
+                // a hint, which the kernel would take for the length of its linear part
+                let linear = word(HDR_LEN_AT).min(frame_bytes) as u16;
+                header[HDR_LEN_AT..GSO_SIZE_AT].copy_from_slice(&linear.to_le_bytes());
+            }
+            None => {
+                header[1] = 0;
+                header[HDR_LEN_AT..CSUM_START_AT].fill(0);
+            }
+        }
+        header[0] = u8::from(needs_checksum);
+        if !needs_checksum {
+            header[CSUM_START_AT..LEGACY_HEADER_BYTES].fill(0);
+        }
+        header[LEGACY_HEADER_BYTES..].fill(0);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn all() -> u64 {
+        Offloads::of_tap(true) | 1 << VIRTIO_F_VERSION_1
+    }
+
+    fn header(flags: u8, gso: u8, words: [u16; 4]) -> Header {
+        let mut header = [0; HEADER_BYTES];
+        (header[0], header[1]) = (flags, gso);
+        for (at, word) in words.into_iter().enumerate() {
+            header[2 + 2 * at..4 + 2 * at].copy_from_slice(&word.to_le_bytes());
+        }
+        header
+    }
+
+    #[test]
+    fn what_was_negotiated_is_admitted_and_nothing_else() {
+        // flags, type, [hdr_len, gso_size, csum_start, csum_offset], what it takes
+        let cases = [
+            (0, 0, [0; 4], 0),
+            (1, 0, [0, 0, 34, 16], 1 << VIRTIO_NET_F_CSUM),
+            (1, 1, [54, 1448, 34, 16], 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4),
+            (1, 4, [74, 1428, 54, 16], 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO6),
+            (1, 5, [42, 1400, 34, 6], 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_USO),
+            (
+                1,
+                0x81,
+                [54, 1448, 34, 16],
+                1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4 | 1 << VIRTIO_NET_F_HOST_ECN,
+            ),
+        ];
+        for (flags, gso, words, needed) in cases {
+            let asked = header(flags, gso, words);
+            let mut seen = asked;
+            assert!(Offloads::negotiated(needed).admit(&mut seen, 4000));
+            assert_eq!(seen, asked);
+            assert!(Offloads::negotiated(all()).admit(&mut seen, 4000));
+            // each bit that it takes
+            for bit in (0..64).filter(|bit| needed >> bit & 1 == 1) {
+                assert!(!Offloads::negotiated(all() & !(1 << bit)).admit(&mut { asked }, 4000), "{asked:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn headers_that_lie_are_refused() {
+        for lie in [
+            header(1, 0, [0, 0, 3999, 0]),
+            header(1, 0, [0, 0, 34, 3965]),
+            header(1, 0, [0, 0, 65535, 65535]),
+            header(1, 0, [0, 0, 0, 16]),
+            header(0, 1, [54, 1448, 34, 16]),
+            header(1, 1, [54, 0, 34, 16]),
+            header(1, 2, [54, 1448, 34, 16]),
+            header(1, 3, [54, 1448, 34, 16]),
+            header(1, 0x7f, [54, 1448, 34, 16]),
+        ] {
+            assert!(!Offloads::negotiated(all()).admit(&mut { lie }, 4000), "{lie:?}");
+        }
+    }
+
+    #[test]
+    fn the_header_is_as_long_as_the_driver_thinks() {
+        let bytes = |features| Offloads::negotiated(features).header_bytes();
+        assert_eq!(
+            (bytes(0), bytes(1 << VIRTIO_F_VERSION_1), bytes(1 << VIRTIO_NET_F_MRG_RXBUF)),
+            (10, 12, 12)
+        );
+        assert_eq!(Offloads::negotiated(all()).tap_flags(), 0x6f);
+        assert_eq!(Offloads::negotiated(all() & !(1 << VIRTIO_NET_F_GUEST_USO4)).tap_flags(), 0xf);
+        assert_eq!(Offloads::negotiated(all() & !(1 << VIRTIO_NET_F_GUEST_CSUM)).tap_flags(), 0);
+    }
+
+    proptest! {
+        /// What is admitted names no byte outside of its frame, and is admitted again unchanged.
+        #[test]
+        fn what_is_admitted_is_sound(bytes: [u8; HEADER_BYTES], features: u64, frame_bytes in FRAME_BYTES_MIN..70_000) {
+            let offloads = Offloads::negotiated(features);
+            let mut header = bytes;
+            header[1] &= 0x87;
+            if offloads.admit(&mut header, frame_bytes) {
+                let word = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
+                prop_assert!(word(HDR_LEN_AT) <= frame_bytes);
+                prop_assert!(word(CSUM_START_AT) + word(CSUM_OFFSET_AT) + 2 <= frame_bytes);
+                let mut again = header;
+                prop_assert!(offloads.admit(&mut again, frame_bytes));
+                prop_assert_eq!(again, header);
+            }
+        }
+    }
+}
