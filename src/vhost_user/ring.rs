@@ -368,6 +368,8 @@ impl Ring {
     /// Gives the ring up because of something that the guest did. Only the first ones of a process are logged.
     #[cold]
     pub fn break_ring(&mut self, why: &str) {
+        // what was answered before is the driver's; unpublished it would be in its memory, and in no dirty log
+        self.publish_used();
         if std::mem::replace(&mut self.broken, true) {
             return;
         }
