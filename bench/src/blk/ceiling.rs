@@ -9,8 +9,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use core_affinity::CoreId;
 
 use super::connection::build_queues;
-use super::ring::{Layout, Memory, SLOT_DESCRIPTORS};
+use super::ring::{Layout, SLOT_DESCRIPTORS};
 use super::{Connection, Load, Measured, Shape, load};
+use crate::driver::{Descriptor, Memory};
 
 const DISK_BYTES: u64 = 1 << 30;
 const NO_NOTIFY: u16 = 1;
@@ -46,19 +47,12 @@ fn run_with_status(depth: u16, core: usize, measured: &Load, status: u8) -> Resu
     })
 }
 
-#[repr(C)]
-struct Descriptor {
-    address: u64,
-    bytes: u32,
-    flags_next: u32,
-}
-
 /// Answers every request with this status.
 fn answer(memory: &Memory, layout: &Layout, stop: &AtomicBool, status: u8) {
-    let size = usize::from(layout.size);
-    let descriptors: *mut Descriptor = memory.at(layout.descriptors, size_of::<Descriptor>() * size);
-    let available: *mut u16 = memory.at(layout.available, 6 + 2 * size);
-    let used: *mut u16 = memory.at(layout.used, 6 + 8 * size);
+    let size = usize::from(layout.place.size);
+    let descriptors: *mut Descriptor = memory.at(layout.place.descriptors, size_of::<Descriptor>() * size);
+    let available: *mut u16 = memory.at(layout.place.available, 6 + 2 * size);
+    let used: *mut u16 = memory.at(layout.place.used, 6 + 8 * size);
     // SAFETY: index words of rings that are mapped as long as `memory` is, reached by atomic accesses on both sides.
     let (available_index, used_index) =
         unsafe { (AtomicU16::from_ptr(available.add(1)), AtomicU16::from_ptr(used.add(1))) };
@@ -70,7 +64,7 @@ fn answer(memory: &Memory, layout: &Layout, stop: &AtomicBool, status: u8) {
         if count == 0 {
             continue;
         }
-        for at in (0..count).map(|at| usize::from(seen.wrapping_add(at) & (layout.size - 1))) {
+        for at in (0..count).map(|at| usize::from(seen.wrapping_add(at) & (layout.place.size - 1))) {
             // SAFETY: inside the ring; the driver in this process offers the first descriptor of a slot, whose third
             // is a status byte in this memory, and leaves all of it alone until it is used.
             unsafe {

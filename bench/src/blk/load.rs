@@ -11,8 +11,8 @@ use rustix::io::Errno;
 
 use super::clock::{ticks, ticks_in, ticks_per_nanosecond};
 use super::connection::{PATIENCE, Queue, SECTOR_BYTES};
-use super::ring::BATCH;
 use super::{Access, Connection, Histogram, Pattern};
+use crate::driver::BATCH;
 
 /// How long the load runs before it is measured.
 const WARM_UP: Duration = Duration::from_millis(100);
@@ -188,9 +188,9 @@ impl Client<'_> {
         let mut progress = ticks();
         for lane in &mut self.lanes {
             while lane.queue.ring.pending() > 0 {
-                let mut slots = [0; BATCH];
+                let mut slots = [(0, 0); BATCH];
                 let count = lane.queue.ring.take(&mut slots)?;
-                for &slot in &slots[..count] {
+                for &(slot, _) in &slots[..count] {
                     check(lane.queue.ring.take_status(slot))?;
                 }
                 if count > 0 {
@@ -215,7 +215,7 @@ impl Client<'_> {
         }
         if !ready {
             let mut fds: Vec<PollFd<'_>> = Vec::with_capacity(self.lanes.len());
-            fds.extend(self.lanes.iter().map(|lane| PollFd::new(&lane.queue.call, PollFlags::IN)));
+            fds.extend(self.lanes.iter().map(|lane| PollFd::new(&lane.queue.notifiers.call, PollFlags::IN)));
             let limit = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
             match poll(&mut fds, Some(&limit)) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -225,7 +225,7 @@ impl Client<'_> {
         for lane in &self.lanes {
             lane.queue.ring.quiet();
             // nothing in it: another queue was signalled, or it came before we slept
-            let _ = rustix::io::read(&lane.queue.call, &mut [0u8; 8]);
+            let _ = rustix::io::read(&lane.queue.notifiers.call, &mut [0u8; 8]);
         }
         Ok(())
     }
@@ -235,13 +235,13 @@ impl Lane<'_> {
     /// Takes what has ended and makes as many new requests. Returns the time if there was something.
     #[inline]
     fn turn(&mut self, sectors: u64, latencies: &mut Histogram) -> Result<Option<u64>> {
-        let mut slots = [0; BATCH];
+        let mut slots = [(0, 0); BATCH];
         let count = self.queue.ring.take(&mut slots)?;
         if count == 0 {
             return Ok(None);
         }
         let now = ticks();
-        for &slot in &slots[..count] {
+        for &(slot, _) in &slots[..count] {
             check(self.queue.ring.take_status(slot))?;
             latencies.record(now - self.stamps[usize::from(slot)]);
             self.next(slot, sectors, now);

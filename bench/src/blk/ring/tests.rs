@@ -2,6 +2,9 @@
 
 use super::*;
 
+const NO_INTERRUPT: u16 = 1;
+const NO_NOTIFY: u16 = 1;
+
 struct Device {
     available: *mut u16,
     used: *mut u16,
@@ -11,11 +14,11 @@ struct Device {
 fn ring(event_idx: bool) -> (Ring, Device) {
     let layout = Layout::new(0, 4, 4096);
     let memory = Memory::new(layout.end()).unwrap();
-    let size = usize::from(layout.size);
+    let size = usize::from(layout.place.size);
     let device = Device {
-        available: memory.at(layout.available, 6 + 2 * size),
-        used: memory.at(layout.used, 6 + 8 * size),
-        size: layout.size,
+        available: memory.at(layout.place.available, 6 + 2 * size),
+        used: memory.at(layout.place.used, 6 + 8 * size),
+        size: layout.place.size,
     };
     (Ring::new(&memory, &layout, 4, 4096, event_idx), device)
 }
@@ -52,11 +55,11 @@ fn what_the_device_uses_is_taken_once_and_its_status_reset() {
     ring.publish();
     assert_eq!((ring.pending(), Device::word(device.available, 1)), (1, 1));
     assert_eq!(Device::word(device.available, 2), 2 * SLOT_DESCRIPTORS);
-    let mut slots = [0; BATCH];
+    let mut slots = [(0, 0); BATCH];
     assert_eq!(ring.take(&mut slots).unwrap(), 0);
     device.use_head(1, 2 * SLOT_DESCRIPTORS);
     assert_eq!(ring.take(&mut slots).unwrap(), 1);
-    assert_eq!((slots[0], ring.pending()), (2, 0));
+    assert_eq!((slots[0].0, ring.pending()), (2, 0));
     assert_eq!(ring.take_status(2), NO_STATUS, "this device wrote none");
     assert_eq!(ring.take(&mut slots).unwrap(), 0);
 }
@@ -68,14 +71,14 @@ fn a_device_that_uses_what_it_does_not_have_is_found_out() {
         ring.offer(1, false, 0);
         ring.publish();
         device.use_head(1, head);
-        let error = ring.take(&mut [0; BATCH]).unwrap_err();
+        let error = ring.take(&mut [(0, 0); BATCH]).unwrap_err();
         assert!(matches!(error, RingError::Head { head: found } if found == u32::from(head)), "{error}");
     }
     let (mut ring, device) = ring(true);
     ring.offer(1, false, 0);
     ring.publish();
     device.use_head(2, SLOT_DESCRIPTORS);
-    let error = ring.take(&mut [0; BATCH]).unwrap_err();
+    let error = ring.take(&mut [(0, 0); BATCH]).unwrap_err();
     assert!(matches!(error, RingError::TooMany { used: 2, available: 1 }), "{error}");
 }
 
