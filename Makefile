@@ -6,7 +6,7 @@ export COLO_BIN_DIR := $(CURDIR)/target/release
 ROUNDS ?= 20
 SECONDS ?= 60
 
-.PHONY: help deps build demo test test-blkio test-failover bench-pair bench-blk fuzz clean
+.PHONY: help deps build demo test test-blkio test-failover bench-pair bench-blk bench-net-device fuzz clean
 
 help:
 	@echo 'make demo                     a protected guest, a client at work, and then the primary host dies (3 minutes)'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-failover ROUNDS=20  kill the primary host so many times'
 	@echo 'make bench-pair               the figures of the README'
 	@echo 'make bench-blk                the disk back end against qemu-storage-daemon and bare I/O (10 minutes)'
+	@echo 'make bench-net-device         the network back end against DPDK (2 minutes)'
 	@echo 'make fuzz SECONDS=600         hostile guests, frontends and controllers, each for so long'
 	@echo 'make build                    the programs, in target/release'
 	@echo 'make clean                    remove what was built, and laboratories of dead runs'
@@ -49,6 +50,10 @@ bench-pair: deps build
 
 bench-blk: deps build
 	@target/release/bench-blk
+
+bench-net-device: deps build
+	@tuning/install-deps.sh dpdk-dev librte-net-vhost23 librte-mempool-ring23
+	@target/release/bench-net-device
 
 fuzz:
 	tests/fuzz/run.sh $(SECONDS)

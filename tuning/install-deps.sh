@@ -1,11 +1,12 @@
 #!/bin/sh
-# Installs what COLO's demo, tests and benchmarks need on a fresh Debian 12 that has the Rust toolchain and root.
+# Installs what COLO's demo, tests and benchmarks need on a fresh Debian 12 that has the Rust toolchain and root, and the
+# packages that are named as arguments.
 # Does nothing, not even `apt-get update`, where all is there.
 set -eu
 
 # redis-tools: redis-benchmark for the host, and the program redis-server for the guest without a service on the host;
 # fio: for the guest of the disk tests.
-packages="qemu-system-x86 redis-tools busybox-static e2fsprogs iproute2 iputils-ping cpio fio"
+packages="qemu-system-x86 redis-tools busybox-static e2fsprogs iproute2 iputils-ping cpio fio $*"
 # qemu-img, for tests. Installed after the others: a newer one, where there is one, conflicts with Debian's
 # qemu-system-x86, and is removed by it.
 later="qemu-utils"

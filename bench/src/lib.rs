@@ -1,7 +1,16 @@
 //! Benchmarks of COLO: load generators of our own, the peers that we compare with, and one form of result for all.
 
 pub mod blk;
+pub mod clock;
+mod cpu_time;
 mod driver;
+mod histogram;
+pub mod net;
 pub mod others;
 pub mod priority;
 pub mod report;
+mod server;
+
+pub use cpu_time::cpu_time;
+pub use histogram::Histogram;
+pub use server::{Place, Server};

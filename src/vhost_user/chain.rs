@@ -16,6 +16,9 @@ use crate::memory::{HostMap, Piece};
 /// specification allows as many as the ring has entries, and no driver uses nearly as many.
 pub const CHAIN_DESCRIPTORS_MAX: usize = 1024;
 
+/// Of a processor's cache.
+const LINE_BYTES: u32 = 64;
+
 const DESCRIPTOR_BYTES: u32 = size_of::<Descriptor>() as u32;
 
 /// What is wrong with a descriptor chain.
@@ -373,10 +376,17 @@ impl Table {
     /// Tells the processor that what a descriptor points to will be wanted soon.
     #[inline]
     pub(super) fn prefetch_buffer(self, map: &HostMap, index: u16) {
-        if index < self.size
-            && let Some(piece) = map.piece(self.descriptor(index).addr().0, 1)
-        {
-            prefetch(piece.host);
+        if index >= self.size {
+            return;
+        }
+        let descriptor = self.descriptor(index);
+        if let Some(piece) = map.piece(descriptor.addr().0, descriptor.len()) {
+            let fetch = if descriptor.is_write_only() { prefetch_to_write } else { prefetch };
+            fetch(piece.host);
+            // of a frame with its header; what comes then is found by the processor itself
+            if piece.bytes > LINE_BYTES {
+                fetch(piece.host.wrapping_add(LINE_BYTES as usize));
+            }
         }
     }
 
@@ -394,6 +404,18 @@ pub(super) fn prefetch(host: *const u8) {
     // SAFETY: as above.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(host.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = host;
+}
+
+/// The same for memory that will be written, which other processors are to forget.
+#[inline]
+fn prefetch_to_write(host: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: as above.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(host.cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = host;

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
+use colo_bench::Place;
 use colo_bench::blk::cases::{self, Case, Kind};
 use colo_bench::blk::compare::Effort;
 use colo_bench::blk::contender::{Field, Setting};
-use colo_bench::blk::{self, Access, Connection, Disk, Interrupts, Load, Measured, Place, Shape};
+use colo_bench::blk::{self, Access, Connection, Disk, Interrupts, Load, Measured, Shape};
 use colo_bench::others::Others;
 use colo_bench::priority;
 use colo_bench::report::{self, Row};
@@ -228,7 +229,7 @@ fn load(one: &One) -> Result<()> {
                 event_idx: !one.no_event_idx,
             };
             let mut connection = Connection::open(socket, shape)?;
-            let cpu = || one.pid.map_or(Ok(Duration::ZERO), blk::cpu_time);
+            let cpu = || one.pid.map_or(Ok(Duration::ZERO), colo_bench::cpu_time);
             let measured = blk::load::run(&mut connection, &load, cpu)?;
             connection.close()?;
             measured

@@ -10,9 +10,10 @@ use anyhow::{Context, Result, anyhow, ensure};
 use core_affinity::CoreId;
 use io_uring::{IoUring, opcode, squeue, types};
 
-use super::clock::{ticks, ticks_in, ticks_per_nanosecond};
 use super::disk::Aligned;
-use super::{Access, Disk, Histogram, Measured, Pattern, cpu_time};
+use super::{Access, Disk, Measured, Pattern};
+use crate::clock::{ticks, ticks_in, ticks_per_nanosecond};
+use crate::{Histogram, cpu_time};
 
 const WARM_UP: Duration = Duration::from_millis(100);
 const BLOCK: usize = 4096;

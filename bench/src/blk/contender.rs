@@ -7,8 +7,9 @@ use anyhow::Result;
 
 use super::bare::{Bare, Means};
 use super::load::{self, Load};
-use super::server::{Backing, Place, Server};
+use super::server::Backing;
 use super::{Access, Connection, Disk, Measured, Shape};
+use crate::{Place, Server};
 
 /// Bytes of every request of the comparison.
 pub const BLOCK_BYTES: usize = 4096;

@@ -9,9 +9,10 @@ use core_affinity::CoreId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use super::clock::{ticks, ticks_in, ticks_per_nanosecond};
 use super::connection::{PATIENCE, Queue, SECTOR_BYTES};
-use super::{Access, Connection, Histogram, Pattern};
+use super::{Access, Connection, Pattern};
+use crate::Histogram;
+use crate::clock::{ticks, ticks_in, ticks_per_nanosecond};
 use crate::driver::BATCH;
 
 /// How long the load runs before it is measured.

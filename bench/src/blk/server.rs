@@ -1,21 +1,14 @@
-//! A device program under test: started with its socket, ended when it is dropped.
+//! The programs that serve a disk.
 
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use colo_lab::{Namespace, Process, program};
+use colo_lab::program;
 
-use super::{Disk, cpu_time};
-
-/// A running server.
-#[derive(Debug)]
-pub struct Server {
-    process: Process,
-    socket: PathBuf,
-}
+use super::Disk;
+use crate::{Place, Server};
 
 /// What the device serves.
 #[derive(Clone, Copy, Debug)]
@@ -27,17 +20,6 @@ pub enum Backing<'a> {
     },
     /// An image.
     Image(&'a Disk),
-}
-
-/// Where servers run and leave their sockets and logs.
-#[derive(Clone, Copy, Debug)]
-pub struct Place<'a> {
-    /// The laboratory that ends them, whatever becomes of us.
-    pub namespace: &'a Namespace,
-    /// Its directory.
-    pub directory: &'a Path,
-    /// The core for the thread that serves.
-    pub core: usize,
 }
 
 impl Server {
@@ -85,26 +67,6 @@ impl Server {
         command.arg("--socket-path").arg(&socket).args(["--null", &bytes.to_string()]);
         Self::start(place, command, socket, "null-stock")
     }
-
-    fn start(place: Place<'_>, command: Command, socket: PathBuf, name: &str) -> Result<Self> {
-        let log = place.directory.join(format!("{name}.log"));
-        let mut process = Process::start(place.namespace, command, &log)?;
-        process.until("its socket", Duration::from_secs(10), || socket.exists().then_some(()))?;
-        Ok(Self { process, socket })
-    }
-
-    /// Where it waits for a frontend.
-    pub fn socket(&self) -> &Path {
-        &self.socket
-    }
-
-    /// Processor time of all its threads so far.
-    ///
-    /// # Errors
-    /// It has ended; what it said is in the error.
-    pub fn cpu_time(&self) -> Result<Duration> {
-        cpu_time(self.process.pid()).with_context(|| format!("It said:\n{}", self.process.output()))
-    }
 }
 
 /// A program of the benchmark itself, which does not move with `COLO_BIN_DIR`.
@@ -113,11 +75,4 @@ fn beside_us(name: &str) -> Result<PathBuf> {
     let path = exe.with_file_name(name);
     ensure!(path.exists(), "{} is not built: run 'make build'", path.display());
     Ok(path)
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // one that is killed leaves it; it may never have been there
-        drop(std::fs::remove_file(&self.socket));
-    }
 }

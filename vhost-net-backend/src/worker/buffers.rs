@@ -117,25 +117,6 @@ impl Buffers {
         self.spare.push(chain);
     }
 
-    /// Gives a frame of `parts` to the guest, which must fit. Returns whether there was room.
-    pub(super) fn fill(&mut self, ring: &mut Ring, parts: &[&[u8]]) -> bool {
-        let bytes: usize = parts.iter().map(|part| part.len()).sum();
-        match self.chains.pop_front() {
-            Some(chain) if chain.writable_bytes() as usize >= bytes => {
-                let used = chain.fill(parts);
-                ring.add_used(chain.head(), used as u32);
-                let room = chain.writable_bytes() as usize;
-                self.forget(chain, room);
-                true
-            }
-            Some(chain) => {
-                self.chains.push_front(chain);
-                false
-            }
-            None => false,
-        }
-    }
-
     /// Puts all of them back into the ring, and forgets the guest's memory.
     pub(super) fn put_back(&mut self, ring: &mut Ring) {
         while let Some(chain) = self.chains.pop_back() {

@@ -6,6 +6,7 @@
 
 mod buffers;
 mod frames;
+mod null;
 mod pair;
 mod plain;
 #[cfg(test)]
@@ -123,6 +124,8 @@ pub struct Worker {
     frame: Box<[u8; FRAME_BYTES_MAX]>,
     /// The request in hand; between two turns nothing is in it.
     chain: Chain,
+    /// And one for what goes back to the guest at once.
+    back: Chain,
 }
 
 /// What a worker is told once.
@@ -158,6 +161,7 @@ impl Worker {
             counters: Counters::default(),
             frame: vec![0; FRAME_BYTES_MAX].try_into().expect("as long as it is made"),
             chain: Chain::new(),
+            back: Chain::new(),
         }
     }
 
@@ -228,6 +232,7 @@ impl Worker {
                     let next = ring.map_or(0, |ring| ring.next_avail());
                     // it would keep the guest's memory mapped
                     self.chain.clear();
+                    self.back.clear();
                     let _ = done.send(next);
                 }
                 Order::Features(features) => {

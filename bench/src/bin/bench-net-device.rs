@@ -1,0 +1,262 @@
+//! `make bench-net-device`: our network back end against DPDK's testpmd, side by side and in turn.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Parser, Subcommand};
+use colo_bench::net::{self, Card, Lan, Load, Measured, Way};
+use colo_bench::others::Others;
+use colo_bench::report::{self, Row, median};
+use colo_bench::{Place, Server, priority};
+use colo_lab::{Run, end_on_signals};
+
+/// Buffers in each queue.
+const DEPTH: u16 = 256;
+/// What testpmd's buffers take.
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
+const HUGE_PAGES_WANTED: u64 = 256;
+
+/// Compares vhost-net-backend with DPDK's testpmd (net_vhost): a guest that drives its rings itself on one core, the
+/// server on another, and no LAN.
+///
+/// Needs root, two cores, 512 MiB for huge pages and Debian's dpdk-dev with librte-net-vhost23 and librte-mempool-ring23.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    #[command(subcommand)]
+    what: Option<What>,
+    /// Do not come before other programs on this machine
+    #[arg(long, global = true)]
+    no_priority: bool,
+    #[command(flatten)]
+    comparison: Comparison,
+}
+
+#[derive(Args)]
+struct Comparison {
+    /// How often each is measured, in turn
+    #[arg(long, default_value_t = 5, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// How long each time
+    #[arg(long, default_value_t = 0.6, value_name = "SECONDS")]
+    seconds: f64,
+    /// The client's core
+    #[arg(long, default_value_t = 1, value_name = "CORE")]
+    client_core: usize,
+    /// The servers' core
+    #[arg(long, default_value_t = 0, value_name = "CORE")]
+    server_core: usize,
+    /// More arguments for vhost-net-backend, to try them
+    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true, default_value = "")]
+    ours: String,
+    /// Where the rows go, as JSON
+    #[arg(long, default_value = "target/bench/net-device.json", value_name = "PATH")]
+    json: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Loads one server that is running already, once, and tells what it does
+    Load(One),
+}
+
+#[derive(Args)]
+struct One {
+    /// The server's vhost-user socket
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// Which way frames go: transmit, receive, forward, round-trip
+    #[arg(long, default_value = "transmit")]
+    way: Way,
+    /// Length of a frame that is sent
+    #[arg(long, default_value_t = 64, value_name = "BYTES")]
+    frame_bytes: usize,
+    /// Buffers in each queue
+    #[arg(long, default_value_t = DEPTH, value_name = "NUMBER")]
+    depth: u16,
+    /// The client's core
+    #[arg(long, default_value_t = 1, value_name = "CORE")]
+    client_core: usize,
+    /// How long to measure
+    #[arg(long, default_value_t = 2.0, value_name = "SECONDS")]
+    seconds: f64,
+}
+
+/// One comparison.
+struct Case {
+    way: Way,
+    lan: Lan,
+    frame_bytes: usize,
+    target: f64,
+}
+
+impl Case {
+    fn all() -> Vec<Self> {
+        let mut cases = Vec::new();
+        for frame_bytes in [64, 1514] {
+            for (way, lan) in [
+                (Way::Transmit, Lan::Drop),
+                (Way::Receive, Lan::Generate(frame_bytes)),
+                (Way::Forward, Lan::Reflect),
+            ] {
+                cases.push(Self { way, lan, frame_bytes, target: 0.8 });
+            }
+        }
+        // the time may be 1.2 of the peer's
+        cases.push(Self { way: Way::RoundTrip, lan: Lan::Reflect, frame_bytes: 64, target: 1.0 / 1.2 });
+        cases
+    }
+
+    fn name(&self) -> String {
+        let way = match self.way {
+            Way::Transmit => "guest to back end",
+            Way::Receive => "back end to guest",
+            Way::Forward => "there and back",
+            Way::RoundTrip => "one frame there and back",
+        };
+        format!("{way}, {} B", self.frame_bytes)
+    }
+}
+
+fn main() -> ExitCode {
+    end_on_signals();
+    let arguments = Arguments::parse();
+    if !arguments.no_priority {
+        priority::take();
+    }
+    let result = match arguments.what {
+        Some(What::Load(one)) => load(&one),
+        None => compare(&arguments.comparison),
+    };
+    if let Err(error) = result {
+        eprintln!("FAILED: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}
+
+fn load(one: &One) -> Result<()> {
+    let mut card = Card::open(&one.socket, one.depth)?;
+    let load = Load {
+        way: one.way,
+        frame_bytes: one.frame_bytes,
+        core: one.client_core,
+        duration: Duration::from_secs_f64(one.seconds),
+    };
+    let Measured { frames_per_s, p50_us, p99_us } = net::load::run(&mut card, &load)?;
+    card.close()?;
+    println!("{frames_per_s:.0} frames/s, p50 {p50_us:.2} us, p99 {p99_us:.2} us");
+    Ok(())
+}
+
+fn compare(options: &Comparison) -> Result<()> {
+    let run = Run::begin()?;
+    let namespace = run.add_namespace("bench")?;
+    let place = Place { namespace: &namespace, directory: run.directory(), core: options.server_core };
+    let more: Vec<String> = options.ours.split_whitespace().map(str::to_owned).collect();
+    let _pages = HugePages::reserve()?;
+    let others = Others::watch()?;
+    let mut rows = Vec::new();
+    for case in Case::all() {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for _ in 0..options.rounds {
+            let server = Server::our_card(place, case.lan, &more)?;
+            ours.push(measure(options, &case, &server).with_context(|| format!("ours, {}", case.name()))?);
+            drop(server);
+            let server = Server::testpmd(place, options.client_core, case.lan)?;
+            theirs.push(
+                measure(options, &case, &server)
+                    .with_context(|| format!("testpmd, {}: {}", case.name(), server.output()))?,
+            );
+        }
+        let of = |all: &[Measured], figure: fn(&Measured) -> f64| {
+            median(&all.iter().map(figure).collect::<Vec<_>>())
+        };
+        let name = case.name();
+        let row = if case.way == Way::RoundTrip {
+            let time = |all| of(all, |measured: &Measured| measured.p50_us);
+            Row::less_is_better(&name, "us", time(&ours), ("testpmd net_vhost", time(&theirs)), case.target)
+        } else {
+            let rate = |all| of(all, |measured: &Measured| measured.frames_per_s);
+            Row::more_is_better(
+                &name,
+                "frames/s",
+                rate(&ours),
+                ("testpmd net_vhost", rate(&theirs)),
+                case.target,
+            )
+        };
+        eprintln!("{name}: {:.2}", row.ratio);
+        rows.push(row);
+    }
+    rows.push(idle(place, &more)?);
+    let busy = others.busy_cores()?;
+    report::print(&rows);
+    report::write(&options.json, &rows)?;
+    println!("\nOther programs kept {busy:.2} cores busy meanwhile; below 0.1 the figures are undisturbed.");
+    println!(
+        "{} of {} targets met; {}",
+        rows.iter().filter(|row| row.met).count(),
+        rows.len(),
+        options.json.display()
+    );
+    Ok(())
+}
+
+fn measure(options: &Comparison, case: &Case, server: &Server) -> Result<Measured> {
+    let mut card = Card::open(server.socket(), DEPTH)?;
+    let load = Load {
+        way: case.way,
+        frame_bytes: case.frame_bytes,
+        core: options.client_core,
+        duration: Duration::from_secs_f64(options.seconds),
+    };
+    let measured = net::load::run(&mut card, &load)?;
+    // a guest that has gone; the server is ended as well
+    drop(card);
+    Ok(measured)
+}
+
+/// What our back end costs when nothing passes.
+fn idle(place: Place<'_>, more: &[String]) -> Result<Row> {
+    let server = Server::our_card(place, Lan::Reflect, more)?;
+    let card = Card::open(server.socket(), DEPTH)?;
+    let settled = Duration::from_millis(500);
+    std::thread::sleep(settled);
+    let before = server.cpu_time()?;
+    let watched = Duration::from_secs(2);
+    std::thread::sleep(watched);
+    let percent = (server.cpu_time()? - before).as_secs_f64() / watched.as_secs_f64() * 100.0;
+    card.close()?;
+    Ok(Row::less_is_better("idle", "% CPU", percent, ("limit", 1.0), 1.0))
+}
+
+/// Huge pages for testpmd, as many as there were before when it ends.
+struct HugePages {
+    before: u64,
+}
+
+impl HugePages {
+    fn reserve() -> Result<Self> {
+        let path = Path::new(HUGE_PAGES);
+        let read = || -> Result<u64> {
+            std::fs::read_to_string(path).context(HUGE_PAGES)?.trim().parse().context(HUGE_PAGES)
+        };
+        let pages = Self { before: read()? };
+        std::fs::write(path, pages.before.max(HUGE_PAGES_WANTED).to_string()).context(HUGE_PAGES)?;
+        let have = read()?;
+        ensure!(
+            have >= HUGE_PAGES_WANTED,
+            "The system has {have} huge pages, {HUGE_PAGES_WANTED} are needed"
+        );
+        Ok(pages)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        drop(std::fs::write(HUGE_PAGES, self.before.to_string()));
+    }
+}

@@ -1,0 +1,125 @@
+//! The guest's side of a network card: a queue pair, each slot of it with one buffer for a frame and its header.
+#![expect(unsafe_code, reason = "buffers in guest memory are reached through raw pointers only")]
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use vhost::VhostBackend;
+use vhost::vhost_user::Frontend;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+use crate::driver::{self, Descriptor, Memory, Notifiers, Place, Ring, WRITABLE};
+
+/// The header of virtio 1.0 (virtio 1.2 §5.1.6).
+pub(super) const HEADER_BYTES: usize = 12;
+/// A buffer's place: room for the longest frame of Ethernet.
+const STRIDE: usize = 2048;
+/// The longest frame that fits.
+pub(super) const FRAME_BYTES_MAX: usize = STRIDE - HEADER_BYTES;
+
+/// One queue with its buffers.
+#[derive(Debug)]
+pub(super) struct Queue {
+    pub(super) ring: Ring<1>,
+    pub(super) notifiers: Notifiers,
+    place: Place,
+    buffers: *mut u8,
+    buffers_at: usize,
+}
+
+// SAFETY: the pointer leads into the memory that `ring` keeps, and only the owner uses it on this side.
+unsafe impl Send for Queue {}
+
+impl Queue {
+    fn new(memory: &std::sync::Arc<Memory>, place: Place, depth: u16) -> Result<Self> {
+        let buffers = memory.at(place.end, STRIDE * usize::from(depth));
+        let ring = Ring::new(memory, &place, depth, false);
+        Ok(Self { ring, notifiers: Notifiers::new()?, place, buffers, buffers_at: place.end })
+    }
+
+    /// Says how long a slot's buffer is, and whose it is to write.
+    pub(super) fn set_buffer(&mut self, slot: u16, frame_bytes: usize, writable: bool) {
+        assert!(frame_bytes <= FRAME_BYTES_MAX);
+        let address = (self.buffers_at + STRIDE * usize::from(slot)) as u64;
+        let (bytes, flags) = ((HEADER_BYTES + frame_bytes) as u32, if writable { WRITABLE } else { 0 });
+        self.ring.set_descriptor(slot, 0, Descriptor { address, bytes, flags, next: 0 });
+    }
+
+    /// Lets the device see what was offered, and kicks it if it wants that.
+    #[inline]
+    pub(super) fn publish(&mut self) -> Result<()> {
+        if self.ring.publish() { self.notifiers.kick() } else { Ok(()) }
+    }
+
+    #[inline]
+    fn frame(&self, slot: u16) -> *mut u8 {
+        assert!(slot < self.ring.slots());
+        self.buffers.wrapping_add(STRIDE * usize::from(slot) + HEADER_BYTES)
+    }
+
+    /// Writes the addresses and the type of a slot's frame, as a driver's stack has just done, and a number behind them.
+    #[inline]
+    pub(super) fn write_frame(&mut self, slot: u16, number: u64) {
+        debug_assert!(!self.ring.is_in_flight(slot));
+        let frame = self.frame(slot).cast::<u64>();
+        // from 52:54:00:00:00:02 to :01, of the type for experiments (IEEE 802, 0x88b5)
+        let [head, rest] = [0x5452_0100_0000_5452, 0x0000_b588_0200_0000_u64];
+        // SAFETY: 24 bytes of the slot's buffer, which is longer and lies at a multiple of four; the device has no request
+        // with it.
+        unsafe {
+            frame.write_unaligned(head);
+            frame.add(1).write_unaligned(rest);
+            frame.add(2).write_unaligned(number);
+        }
+    }
+
+    /// Reads the beginning of a slot's frame, as a driver's stack does.
+    #[inline]
+    pub(super) fn read_frame(&self, slot: u16) -> u64 {
+        // SAFETY: 8 bytes of the slot's buffer; the device has ended its request.
+        unsafe { self.frame(slot).cast::<u64>().read_unaligned() }
+    }
+}
+
+/// A running card, seen from the guest.
+pub struct Card {
+    frontend: Frontend,
+    pub(super) rx: Queue,
+    pub(super) tx: Queue,
+}
+
+impl Card {
+    /// Connects to the vhost-user-net server at `socket` and starts a queue pair with `depth` buffers each.
+    ///
+    /// # Errors
+    /// The server refuses something.
+    pub fn open(socket: &Path, depth: u16) -> Result<Self> {
+        ensure!((1..=1024).contains(&depth), "A depth of {depth}: choose 1 to 1024");
+        // not MQ: for a card that counts pairs with some servers and queues with others
+        let wanted = VhostUserProtocolFeatures::REPLY_ACK;
+        let (mut frontend, offered) = driver::connect(socket, 2, wanted)?;
+        let rx = Place::new(0, depth);
+        let tx = Place::new(rx.end + STRIDE * usize::from(depth), depth);
+        let memory = Memory::new(tx.end + STRIDE * usize::from(depth))?;
+        driver::set_memory(&frontend, offered, 1 << VIRTIO_F_VERSION_1, &memory)?;
+        let (rx, tx) = (Queue::new(&memory, rx, depth)?, Queue::new(&memory, tx, depth)?);
+        for (index, queue) in [&rx, &tx].into_iter().enumerate() {
+            driver::start_queue(&mut frontend, index, &memory, &queue.place, &queue.notifiers)?;
+        }
+        Ok(Self { frontend, rx, tx })
+    }
+
+    /// Stops the queues as a VMM does.
+    ///
+    /// # Errors
+    /// The server does not answer.
+    pub fn close(self) -> Result<()> {
+        for index in 0..2 {
+            self.frontend
+                .get_vring_base(index)
+                .with_context(|| format!("GET_VRING_BASE of queue {index}"))?;
+        }
+        Ok(())
+    }
+}

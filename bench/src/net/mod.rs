@@ -1,0 +1,9 @@
+//! Network devices: a guest without a VM that sends and receives frames, and who serves it.
+
+mod card;
+pub mod load;
+mod server;
+
+pub use card::Card;
+pub use load::{Load, Measured, Way};
+pub use server::Lan;
