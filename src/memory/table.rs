@@ -110,13 +110,19 @@ impl MemoryTable {
         self.install(mapped)
     }
 
-    /// Adds one region (`ADD_MEM_REG`).
+    /// Adds one region (`ADD_MEM_REG`). One that is there already, byte for byte, is no change.
     ///
     /// # Errors
     /// It is malformed, overlaps with another or cannot be mapped; then everything stays as it was.
     pub fn add(&mut self, region: Region) -> Result<(), MemoryError> {
         let mut mapped = self.mapped.clone();
-        mapped.push(self.map(region)?);
+        let added = self.map(region)?;
+        let same =
+            |entry: &Mapped| (entry.identity, entry.user_address) == (added.identity, added.user_address);
+        if mapped.iter().any(same) {
+            return Ok(());
+        }
+        mapped.push(added);
         self.install(mapped)
     }
 

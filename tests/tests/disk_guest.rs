@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
-use colo_lab::{BlockBackEnd, Disk, DiskGuest, DiskGuestImage, Lab, Side};
+use colo_lab::{BackEnd, Disk, DiskGuest, DiskGuestImage, Lab, Side};
 
 fn main() -> ExitCode {
     colo_tests::run(&[
@@ -18,7 +18,7 @@ fn main() -> ExitCode {
 fn boot(lab: &Lab) -> Result<(Disk, DiskGuest)> {
     let host = lab.host(Side::A);
     let disk = Disk::create_with_raw_part(lab.run().directory().join("disk.img"), 64, 64)?;
-    let back_end = BlockBackEnd::start(host, "disk", &disk, &["--queues", "4"])?;
+    let back_end = BackEnd::block(host, "disk", &disk, &["--queues", "4"])?;
     let guest = DiskGuest::boot(host, &DiskGuestImage::make()?, back_end)?;
     Ok((disk, guest))
 }

@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
-use colo_lab::{BlockBackEnd, Dice, Disk, DiskGuest, DiskGuestImage, INCOMING, Lab, Migration, Side};
+use colo_lab::{BackEnd, Dice, Disk, DiskGuest, DiskGuestImage, INCOMING, Lab, Migration, Side};
 
 const PAGE_BYTES: usize = 4096;
 
@@ -40,7 +40,7 @@ impl World {
         let image = DiskGuestImage::make()?;
         let disk = Disk::create_with_raw_part(lab.run().directory().join("disk.img"), 64, 64)?;
         let known = Known::write(&disk)?;
-        let back_end = BlockBackEnd::start(lab.host(Side::A), "disk", &disk, &["--queues", "4"])?;
+        let back_end = BackEnd::block(lab.host(Side::A), "disk", &disk, &["--queues", "4"])?;
         let guest = DiskGuest::boot(lab.host(Side::A), &image, back_end)?;
         Ok(Self { lab, image, disk, known, guest, side: Side::A })
     }
@@ -49,9 +49,9 @@ impl World {
     fn destination(&self) -> Result<(DiskGuest, String)> {
         let side = self.side.other();
         let options = [&["--queues", "4"], INCOMING].concat();
-        let back_end = BlockBackEnd::start(self.lab.host(side), "disk", &self.disk, &options)?;
+        let back_end = BackEnd::block(self.lab.host(side), "disk", &self.disk, &options)?;
         let uri = format!("tcp:{}:4444", side.link_address());
-        Ok((DiskGuest::await_from(self.lab.host(side), &self.image, back_end, &uri)?, uri))
+        Ok((DiskGuest::await_from(self.lab.host(side), &self.image, back_end, None, &uri)?, uri))
     }
 
     /// Migrates. What `meanwhile` does comes between the first pass over the guest's memory and the switch, and so does

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use colo_lab::{BlockBackEnd, Dice, Disk, DiskGuest, DiskGuestImage, Lab, Side};
+use colo_lab::{BackEnd, Dice, Disk, DiskGuest, DiskGuestImage, Lab, Side};
 
 /// QEMU tries once a second to connect again.
 const PROGRESS_LIMIT: Duration = Duration::from_secs(60);
@@ -24,7 +24,7 @@ fn kill_9_under_load() -> Result<()> {
     let lab = Lab::build()?;
     let host = lab.host(Side::A);
     let disk = Disk::create_with_raw_part(lab.run().directory().join("disk.img"), 64, 64)?;
-    let back_end = BlockBackEnd::start(host, "disk", &disk, &["--queues", "4"])?;
+    let back_end = BackEnd::block(host, "disk", &disk, &["--queues", "4"])?;
     let mut guest = DiskGuest::boot(host, &DiskGuestImage::make()?, back_end)?;
     guest.start_load()?;
     for round in 0..rounds {
@@ -45,7 +45,7 @@ fn a_write_cache_stays_off() -> Result<()> {
     let lab = Lab::build()?;
     let host = lab.host(Side::A);
     let disk = Disk::create(lab.run().directory().join("disk.img"), 64)?;
-    let back_end = BlockBackEnd::start(host, "disk", &disk, &["--queues", "4"])?;
+    let back_end = BackEnd::block(host, "disk", &disk, &["--queues", "4"])?;
     let mut guest = DiskGuest::boot(host, &DiskGuestImage::make()?, back_end)?;
     let seen = |guest: &mut DiskGuest| -> Result<_> {
         let guests = guest.run("cat /sys/block/vda/cache_type")?;

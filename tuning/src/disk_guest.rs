@@ -1,4 +1,5 @@
-//! A guest that does nothing but use its disk: four CPUs, four queues, fio, a shell on a serial port, no network.
+//! A guest that does nothing but use its devices: four CPUs, a disk with four queues, fio, a shell on a serial port, and a
+//! network card if it is given one.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;
@@ -12,7 +13,7 @@ use colo::vm::qemu::Qmp;
 use serde_json::{Value, json};
 
 use crate::guest::made;
-use crate::{BlockBackEnd, Console, GuestImage, Host, Process};
+use crate::{BackEnd, Console, GuestImage, Host, Process};
 
 /// Queues of the disk, and CPUs of the guest.
 const QUEUES: usize = 4;
@@ -49,10 +50,26 @@ impl DiskGuestImage {
     }
 }
 
-/// A running guest, its QEMU and its back end.
+/// A network card.
+pub struct Card {
+    /// What serves it.
+    pub back_end: BackEnd,
+    /// How many queue pairs QEMU has for it.
+    pub pairs: usize,
+    /// Its hardware address.
+    pub mac: &'static str,
+    /// Its address on the LAN.
+    pub address: &'static str,
+    /// More properties of QEMU's virtio-net-pci, each with a comma before it.
+    pub properties: String,
+}
+
+/// A running guest, its QEMU and its back ends.
 pub struct DiskGuest {
     /// What serves its disk.
-    pub back_end: BlockBackEnd,
+    pub back_end: BackEnd,
+    /// Its network card.
+    pub card: Option<Card>,
     /// Its shell.
     pub console: Console,
     qemu: Process,
@@ -64,9 +81,22 @@ impl DiskGuest {
     ///
     /// # Errors
     /// QEMU cannot be started, or the guest does not boot.
-    pub fn boot(host: &Host, image: &DiskGuestImage, back_end: BlockBackEnd) -> Result<Self> {
+    pub fn boot(host: &Host, image: &DiskGuestImage, back_end: BackEnd) -> Result<Self> {
+        Self::boot_with(host, image, back_end, None)
+    }
+
+    /// The same for a guest that has a network card as well.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn boot_with(
+        host: &Host,
+        image: &DiskGuestImage,
+        back_end: BackEnd,
+        card: Option<Card>,
+    ) -> Result<Self> {
         // stopped at first: nothing that the guest says may go by before somebody listens
-        let mut guest = Self::start(host, image, back_end, &["-S"])?;
+        let mut guest = Self::start(host, image, back_end, card, &["-S"])?;
         guest.command("cont", Value::Null)?;
         guest.await_boot()?;
         Ok(guest)
@@ -79,19 +109,27 @@ impl DiskGuest {
     pub fn await_from(
         host: &Host,
         image: &DiskGuestImage,
-        back_end: BlockBackEnd,
+        back_end: BackEnd,
+        card: Option<Card>,
         uri: &str,
     ) -> Result<Self> {
-        Self::start(host, image, back_end, &["-S", "-incoming", uri])
+        Self::start(host, image, back_end, card, &["-S", "-incoming", uri])
     }
 
-    fn start(host: &Host, image: &DiskGuestImage, mut back_end: BlockBackEnd, more: &[&str]) -> Result<Self> {
+    fn start(
+        host: &Host,
+        image: &DiskGuestImage,
+        mut back_end: BackEnd,
+        card: Option<Card>,
+        more: &[&str],
+    ) -> Result<Self> {
         let socket = |name: &str| host.directory().join(format!("disk-guest.{name}"));
         let (monitor, console) = (socket("qmp"), socket("console"));
         let cpus = QUEUES.to_string();
         // A page that the guest clears before the disk fills it is dirty by the guest's own doing, and would be
         // migrated whether the back end logs it or not.
-        let append = format!("{} init_on_alloc=0", image.guest.append("0.0.0.0"));
+        let address = card.as_ref().map_or("0.0.0.0", |card| card.address);
+        let append = format!("{} init_on_alloc=0", image.guest.append(address));
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args(["-nodefaults", "-display", "none", "-smp", &cpus, "-m", &MEMORY_MIB.to_string()])
@@ -117,6 +155,17 @@ impl DiskGuest {
             .args(["-object", "memory-backend-memfd,id=window,size=1M,share=on"])
             .args(["-device", "ivshmem-plain,memdev=window,master=on,addr=6"])
             .args(more);
+        if let Some(Card { back_end, pairs, mac, properties, .. }) = &card {
+            // vectors=0: under TCG QEMU 7.2 does not start a vhost-user-net device with MSI-X
+            command
+                .arg("-chardev")
+                .arg(format!("socket,id=card,path={},reconnect=1", back_end.socket().display()))
+                .args(["-netdev", &format!("vhost-user,id=lan,chardev=card,queues={pairs}"), "-device"])
+                .arg(format!(
+                    "virtio-net-pci,netdev=lan,mac={mac},mq={},vectors=0,romfile=,addr=7{properties}",
+                    if *pairs > 1 { "on" } else { "off" }
+                ));
+        }
         for path in [&monitor, &console] {
             drop(std::fs::remove_file(path));
         }
@@ -127,7 +176,7 @@ impl DiskGuest {
         let qmp = Qmp::connect(stream, limit, limit);
         let qmp = qmp.with_context(|| format!("QEMU says: {}", qemu.output()))?;
         back_end.ensure_running()?;
-        Ok(Self { back_end, console, qemu, qmp })
+        Ok(Self { back_end, card, console, qemu, qmp })
     }
 
     /// The file that is the guest's memory.
@@ -281,7 +330,7 @@ impl DiskGuest {
     ///
     /// # Errors
     /// The back end has ended.
-    pub fn kill_qemu(mut self) -> Result<BlockBackEnd> {
+    pub fn kill_qemu(mut self) -> Result<BackEnd> {
         self.qemu.kill()?;
         self.back_end.ensure_running()?;
         Ok(self.back_end)

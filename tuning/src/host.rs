@@ -77,7 +77,19 @@ impl Host {
     /// # Errors
     /// What `ip` says.
     pub fn add_tap(&self, name: &str) -> Result<()> {
-        self.namespace.ip(&format!("tuntap add dev {name} mode tap vnet_hdr"))?;
+        self.add_tap_with(name, "")
+    }
+
+    /// Makes one that has several queues.
+    ///
+    /// # Errors
+    /// What `ip` says.
+    pub fn add_multi_queue_tap(&self, name: &str) -> Result<()> {
+        self.add_tap_with(name, "multi_queue")
+    }
+
+    fn add_tap_with(&self, name: &str, flags: &str) -> Result<()> {
+        self.namespace.ip(&format!("tuntap add dev {name} mode tap vnet_hdr {flags}"))?;
         self.namespace.ip(&format!("link set {name} up master br0"))
     }
 

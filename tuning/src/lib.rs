@@ -5,8 +5,8 @@
 //! redis over one long TCP connection, files with fsync, UDP, ping. Nothing of a laboratory outlives its owner.
 
 mod agent;
+mod back_end;
 mod benchmark;
-mod block_back_end;
 mod capture;
 mod clients;
 mod console;
@@ -31,14 +31,14 @@ mod topology;
 mod udp;
 
 pub use agent::{Agent, FileLoad, GuestConnection};
+pub use back_end::{BackEnd, INCOMING};
 pub use benchmark::{BenchmarkLine, redis_benchmark, redis_benchmarks};
-pub use block_back_end::{BlockBackEnd, INCOMING};
 pub use capture::{Capture, Sighting};
 pub use clients::{Clients, Work};
 pub use console::Console;
 pub use death::{Death, Survival, kill};
 pub use dice::{Dice, random};
-pub use disk_guest::{DiskGuest, DiskGuestImage};
+pub use disk_guest::{Card, DiskGuest, DiskGuestImage};
 pub use guest::{Disk, GuestImage};
 pub use host::{Host, Side};
 pub use migration::Migration;

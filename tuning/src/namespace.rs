@@ -38,6 +38,15 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Switches IPv6 on for an interface.
+    ///
+    /// # Errors
+    /// The kernel has none.
+    pub fn enable_ipv6(&self, interface: &str) -> Result<()> {
+        let path = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+        self.run(|| std::fs::write(&path, "0"))?.with_context(|| path.clone())
+    }
+
     /// Its name, for `ip netns exec`.
     pub fn name(&self) -> &str {
         &self.name

@@ -65,8 +65,9 @@ impl<D: Device + ?Sized> Session<'_, D> {
         // a descriptor may come along and is of no use
         message.fds.clear();
         self.stop_all();
+        // QEMU before 8.0 sends both messages once for each pair of a network card's queues: what is gone is gone
         if !self.memory.remove(region.guest_phys_addr, region.memory_size, region.user_addr)? {
-            return refuse(message.request, format!("No region at {:#x}", { region.guest_phys_addr }));
+            tracing::debug!("vhost-user: no memory region at {:#x}", { region.guest_phys_addr });
         }
         self.start(Missing::Wait)
     }

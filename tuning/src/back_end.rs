@@ -1,4 +1,4 @@
-//! `vhost-blk-backend` on one host, with sudden death and restart.
+//! One of the back ends on a host, with sudden death and restart.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,8 @@ pub const INCOMING: &[&str] = &["--incoming"];
 
 /// A running back end and what it is started with.
 #[derive(Debug)]
-pub struct BlockBackEnd {
+pub struct BackEnd {
+    program: &'static str,
     name: String,
     socket: PathBuf,
     control: PathBuf,
@@ -22,26 +23,33 @@ pub struct BlockBackEnd {
     process: Process,
 }
 
-impl BlockBackEnd {
-    /// Starts it for a disk, with these further options; returns when it listens.
+impl BackEnd {
+    /// Starts `vhost-blk-backend` for a disk, with these further options; returns when it listens.
     ///
     /// # Errors
     /// It ends at once.
-    pub fn start(host: &Host, name: &str, disk: &Disk, options: &[&str]) -> Result<Self> {
+    pub fn block(host: &Host, name: &str, disk: &Disk, options: &[&str]) -> Result<Self> {
+        let path = disk.path().display().to_string();
+        Self::start("vhost-blk-backend", host, name, &[&["--blk-file", &path], options].concat())
+    }
+
+    /// Starts `vhost-net-backend` for a tap, with these further options; returns when it listens.
+    ///
+    /// # Errors
+    /// It ends at once.
+    pub fn net(host: &Host, name: &str, tap: &str, options: &[&str]) -> Result<Self> {
+        Self::start("vhost-net-backend", host, name, &[&["--tap", tap], options].concat())
+    }
+
+    fn start(program: &'static str, host: &Host, name: &str, options: &[&str]) -> Result<Self> {
         let file = |what: &str| host.directory().join(format!("{name}.{what}"));
         let (socket, control) = (file("socket"), file("control"));
         let path = |path: &Path| path.display().to_string();
-        let mut arguments = vec![
-            "--blk-file".to_owned(),
-            path(disk.path()),
-            "--socket-path".to_owned(),
-            path(&socket),
-            "--control-path".to_owned(),
-            path(&control),
-        ];
+        let mut arguments =
+            vec!["--socket-path".to_owned(), path(&socket), "--control-path".to_owned(), path(&control)];
         arguments.extend(options.iter().map(ToString::to_string));
-        let process = spawn(host, name, &arguments, &socket)?;
-        Ok(Self { name: name.to_owned(), socket, control, arguments, process })
+        let process = spawn(program, host, name, &arguments, &socket)?;
+        Ok(Self { program, name: name.to_owned(), socket, control, arguments, process })
     }
 
     /// Where QEMU finds it.
@@ -68,7 +76,7 @@ impl BlockBackEnd {
     }
 
     fn order(&self, host: &Host, order: &str, arguments: &[&str]) -> Result<String> {
-        let mut command = Command::new(program("vhost-blk-backend")?);
+        let mut command = Command::new(program(self.program)?);
         command.args([order, "--control-path"]).arg(&self.control).args(arguments);
         let output = host.output(command)?;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
@@ -98,7 +106,7 @@ impl BlockBackEnd {
     pub fn kill_and_restart(&mut self, host: &Host) -> Result<()> {
         self.ensure_running()?;
         self.process.kill()?;
-        self.process = spawn(host, &self.name, &self.arguments, &self.socket)?;
+        self.process = spawn(self.program, host, &self.name, &self.arguments, &self.socket)?;
         Ok(())
     }
 
@@ -113,12 +121,12 @@ impl BlockBackEnd {
     }
 }
 
-fn spawn(host: &Host, name: &str, arguments: &[String], socket: &Path) -> Result<Process> {
+fn spawn(what: &str, host: &Host, name: &str, arguments: &[String], socket: &Path) -> Result<Process> {
     // the file of a dead one would be taken for the new one's
     if socket.exists() {
         std::fs::remove_file(socket).with_context(|| socket.display().to_string())?;
     }
-    let mut command = Command::new(program("vhost-blk-backend")?);
+    let mut command = Command::new(program(what)?);
     command.args(arguments);
     let mut process = host.start(command, name)?;
     process.until("socket", Duration::from_secs(10), || socket.exists().then_some(()))?;

@@ -1,0 +1,272 @@
+//! A guest's network card without protection: what the guest and a client send each other arrives, whatever either leaves
+//! to the other, on one queue pair or four, and over the death of the back end.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use colo_lab::{
+    BackEnd, Card, Dice, Disk, DiskGuest, DiskGuestImage, GUEST, Host, INCOMING, Lab, MAC, Migration, Side,
+};
+
+const LIMIT: Duration = Duration::from_secs(60);
+const GUEST_V6: &str = "fd77::10";
+
+fn main() -> ExitCode {
+    colo_tests::run(&[
+        ("what_is_left_to_the_other_side_arrives_whole", what_is_left_to_the_other_side_arrives_whole),
+        ("four_queue_pairs_carry_the_guests_connections", four_queue_pairs),
+        ("tcp_goes_on_when_the_back_end_was_killed", tcp_goes_on_when_the_back_end_was_killed),
+        ("what_a_guest_has_received_migrates_with_it", what_a_guest_has_received_migrates_with_it),
+    ])
+}
+
+/// A laboratory with a guest that has a card.
+struct World {
+    lab: Lab,
+    disk: Disk,
+    guest: DiskGuest,
+    /// Where the guest is.
+    side: Side,
+}
+
+/// A card with a tap that leads to the LAN.
+fn card(host: &Host, pairs: usize, properties: &str) -> Result<Card> {
+    if pairs > 1 {
+        host.add_multi_queue_tap("tap0")?;
+    } else {
+        host.add_tap("tap0")?;
+    }
+    Ok(Card {
+        back_end: BackEnd::net(host, "card", "tap0", &["--queue-pairs", &pairs.to_string()])?,
+        pairs,
+        mac: MAC,
+        address: GUEST,
+        properties: properties.to_owned(),
+    })
+}
+
+impl World {
+    fn boot(pairs: usize, properties: &str) -> Result<Self> {
+        let lab = Lab::build()?;
+        let host = lab.host(Side::A);
+        let disk = Disk::create(lab.run().directory().join("disk.img"), 64)?;
+        let back_end = BackEnd::block(host, "disk", &disk, &["--queues", "4"])?;
+        let card = card(host, pairs, properties)?;
+        let guest = DiskGuest::boot_with(host, &DiskGuestImage::make()?, back_end, Some(card))?;
+        Ok(Self { lab, disk, guest, side: Side::A })
+    }
+
+    fn card(&mut self) -> Result<&mut Card> {
+        self.guest.card.as_mut().context("The guest has a card")
+    }
+
+    /// A figure of the card's back end.
+    fn figure(&mut self, pointer: &str) -> Result<u64> {
+        let host = self.lab.host(self.side);
+        let status = self.guest.card.as_ref().context("The guest has a card")?.back_end.status(host)?;
+        status
+            .pointer(pointer)
+            .and_then(serde_json::Value::as_u64)
+            .with_context(|| format!("{pointer} in {status}"))
+    }
+
+    /// A connection from the client to a port of the guest, where somebody will listen in a moment.
+    fn connect(&self, address: &str, port: u16) -> Result<TcpStream> {
+        let address = SocketAddr::new(address.parse::<IpAddr>()?, port);
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match self.lab.client().run(|| TcpStream::connect_timeout(&address, LIMIT))? {
+                Ok(stream) => {
+                    stream.set_read_timeout(Some(LIMIT))?;
+                    stream.set_write_timeout(Some(LIMIT))?;
+                    return Ok(stream);
+                }
+                Err(error) if error.kind() == ErrorKind::ConnectionRefused && Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                Err(error) => return Err(error).with_context(|| address.to_string()),
+            }
+        }
+    }
+
+    /// Sends data to a file of the guest, and gets it back.
+    fn exchange(&mut self, address: &str, port: u16, data: &[u8]) -> Result<()> {
+        self.guest.run(&format!("nc -l -p {port} >/tmp/in{port} & echo $! >/tmp/pid{port}"))?;
+        let mut stream = self.connect(address, port)?;
+        stream.write_all(data).context("To the guest")?;
+        stream.shutdown(Shutdown::Write)?;
+        self.guest.run(&format!("while kill -0 $(cat /tmp/pid{port}) 2>/dev/null; do usleep 10000; done"))?;
+        self.guest.run(&format!("nc -l -p {port} </tmp/in{port} >/dev/null &"))?;
+        let mut back = Vec::new();
+        self.connect(address, port)?.read_to_end(&mut back).context("From the guest")?;
+        ensure!(back == data, "{} bytes came back of {}, or others", back.len(), data.len());
+        self.guest.run(&format!("rm /tmp/in{port}")).map(drop)
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.card()?.back_end.ensure_running()?;
+        ensure!(self.figure("/frames/guest_malformed")? == 0, "The guest's headers were refused");
+        ensure!(self.figure("/rings_broken")? == 0, "A ring was broken");
+        self.guest.end()?;
+        self.disk.check()
+    }
+}
+
+/// Data that no two places of which are the same.
+fn data(bytes: usize) -> Vec<u8> {
+    let mut dice = Dice::new(bytes as u64);
+    (0..bytes / 8).flat_map(|_| dice.within(0..u64::MAX).to_ne_bytes()).collect()
+}
+
+/// Which of virtio-net's features the guest has negotiated.
+fn negotiated(guest: &mut DiskGuest, bit: usize) -> Result<bool> {
+    let bits = guest.run("cat /sys/class/net/eth0/device/features")?;
+    Ok(bits.as_bytes().get(bit) == Some(&b'1'))
+}
+
+const CSUM: usize = 0;
+const GUEST_CSUM: usize = 1;
+const GUEST_TSO4: usize = 7;
+const HOST_TSO4: usize = 11;
+const MRG_RXBUF: usize = 15;
+const MQ: usize = 22;
+
+fn what_is_left_to_the_other_side_arrives_whole() -> Result<()> {
+    let no_sending = ",csum=off,gso=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off";
+    let no_receiving = ",guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off";
+    let no_merging = ",mrg_rxbuf=off";
+    for (sending, receiving, merging) in [
+        (true, true, true),
+        (true, true, false),
+        (true, false, true),
+        (true, false, false),
+        (false, true, true),
+        (false, true, false),
+        (false, false, true),
+        (false, false, false),
+    ] {
+        let choice = |on: bool, off: &'static str| if on { "" } else { off };
+        let properties =
+            [choice(sending, no_sending), choice(receiving, no_receiving), choice(merging, no_merging)]
+                .concat();
+        let case = format!("sending {sending}, receiving {receiving}, merging {merging}");
+        let mut world = World::boot(1, &properties)?;
+        for (bit, wanted) in [
+            (CSUM, sending),
+            (HOST_TSO4, sending),
+            (GUEST_CSUM, receiving),
+            (GUEST_TSO4, receiving),
+            (MRG_RXBUF, merging),
+        ] {
+            ensure!(negotiated(&mut world.guest, bit)? == wanted, "{case}: feature {bit} is not {wanted}");
+        }
+        world.lab.client().enable_ipv6("lan0")?;
+        world.lab.client().ip("address add fd77::1/64 dev lan0 nodad")?;
+        world.guest.run(&format!("ip address add {GUEST_V6}/64 dev eth0"))?;
+        world.guest.run("while ip -6 address show dev eth0 | grep -q tentative; do usleep 10000; done")?;
+        let data = data(4 << 20);
+        world.exchange(GUEST, 5000, &data).with_context(|| format!("{case}, IPv4"))?;
+        world.exchange(GUEST_V6, 5001, &data).with_context(|| format!("{case}, IPv6"))?;
+        // frames of TCP are larger than the LAN's exactly where that was negotiated
+        let mean = |frames: u64, bytes: u64| bytes / frames.max(1);
+        let sent = mean(world.figure("/frames/guest_frames")?, world.figure("/frames/guest_bytes")?);
+        let got = mean(world.figure("/frames/lan_frames")?, world.figure("/frames/lan_bytes")?);
+        println!("{case}: frames of {sent} bytes from the guest, {got} to it, on average");
+        ensure!((sent > 1514) == sending, "{case}: frames of {sent} bytes from the guest");
+        ensure!((got > 1514) == receiving, "{case}: frames of {got} bytes to the guest");
+        world.end().with_context(|| case.clone())?;
+    }
+    Ok(())
+}
+
+fn four_queue_pairs() -> Result<()> {
+    let mut world = World::boot(4, "")?;
+    ensure!(negotiated(&mut world.guest, MQ)?, "The guest has one queue pair only");
+    let queues = world.guest.run("ls -d /sys/class/net/eth0/queues/rx-* | wc -l")?;
+    ensure!(queues == "4", "The guest uses {queues} queue pairs");
+    let data = data(1 << 20);
+    for port in 5000..5016 {
+        world.exchange(GUEST, port, &data).with_context(|| format!("Port {port}"))?;
+    }
+    let mut used = [0; 2];
+    for pair in 0..4 {
+        for (side, direction) in ["guest_frames", "lan_frames"].into_iter().enumerate() {
+            let frames = world.figure(&format!("/queue_pairs/{pair}/{direction}"))?;
+            println!("queue pair {pair}: {direction} {frames}");
+            used[side] += usize::from(frames > 0);
+        }
+    }
+    // the kernel spreads connections by hash: with 16 of them, two queues at least
+    ensure!(used.iter().all(|queues| *queues > 1), "{used:?} of four queues were used");
+    world.end()
+}
+
+fn tcp_goes_on_when_the_back_end_was_killed() -> Result<()> {
+    const KILLS: usize = 3;
+    let mut world = World::boot(1, "")?;
+    world.guest.run("nc -l -p 5000 >/tmp/in & echo $! >/tmp/pid")?;
+    let mut stream = world.connect(GUEST, 5000)?;
+    let data = data(24 << 20);
+    let (pieces, dice) = (data.chunks(data.len() / (KILLS + 1)), &mut Dice::announced());
+    for (number, piece) in pieces.enumerate() {
+        if number > 0 && number <= KILLS {
+            // somewhere in what is under way
+            thread::sleep(Duration::from_millis(dice.within(0..50)));
+            let host = world.lab.host(Side::A);
+            world.guest.card.as_mut().context("The guest has a card")?.back_end.kill_and_restart(host)?;
+        }
+        stream.write_all(piece).with_context(|| format!("Piece {number}"))?;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    world.guest.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done")?;
+    world.guest.run("nc -l -p 5000 </tmp/in >/dev/null &")?;
+    let mut back = Vec::new();
+    world.connect(GUEST, 5000)?.read_to_end(&mut back)?;
+    ensure!(back == data, "{} bytes came back of {}, or others", back.len(), data.len());
+    world.end()
+}
+
+/// What a guest has received and nobody has read lies in the buffers that the back end has filled; no CPU has written
+/// there. So it is at the destination only if the back end's dirty log is right.
+fn what_a_guest_has_received_migrates_with_it() -> Result<()> {
+    let mut world = World::boot(1, "")?;
+    world.guest.run("echo 4096 6291456 6291456 >/proc/sys/net/ipv4/tcp_rmem")?;
+    world.guest.run("nc -l -p 5000 >/tmp/in & echo $! >/tmp/pid")?;
+    let mut stream = world.connect(GUEST, 5000)?;
+    // it has the connection, and does not read from here on
+    stream.write_all(b"begin")?;
+    world.guest.run("until [ -s /tmp/in ]; do usleep 10000; done; kill -STOP $(cat /tmp/pid)")?;
+
+    let host = world.lab.host(Side::B);
+    let back_end = BackEnd::block(host, "disk", &world.disk, &[&["--queues", "4"], INCOMING].concat())?;
+    let card = card(host, 1, "")?;
+    let uri = format!("tcp:{}:4444", Side::B.link_address());
+    let mut destination = DiskGuest::await_from(host, &DiskGuestImage::make()?, back_end, Some(card), &uri)?;
+    let mut migration = Migration::begin(&mut world.guest, &uri)?;
+    let data = data(1 << 20);
+    stream.write_all(&data).context("While the guest migrates")?;
+    // local port 5000 is 1388; the fifth field has what waits to be sent and to be read
+    let queued = "awk '$2 ~ /:1388$/ { split($5, queue, \":\"); print queue[2] }' /proc/net/tcp*";
+    let all = format!("{:08X}", data.len());
+    migration.guest().run(&format!("until {queued} | grep -q {all}; do usleep 10000; done"))?;
+    let info = migration.arrive(&mut destination)?;
+    println!("  {} passes, {} ms without the guest", info["ram"]["dirty-sync-count"], info["downtime"]);
+    destination.go_on()?;
+    world.guest = destination;
+    world.side = Side::B;
+
+    world.guest.run("kill -CONT $(cat /tmp/pid)")?;
+    stream.write_all(b"end")?;
+    stream.shutdown(Shutdown::Write)?;
+    world.guest.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done")?;
+    world.guest.run("nc -l -p 5000 </tmp/in >/dev/null &")?;
+    let mut back = Vec::new();
+    world.connect(GUEST, 5000)?.read_to_end(&mut back)?;
+    let expected = [&b"begin"[..], &data, b"end"].concat();
+    ensure!(back == expected, "{} bytes came back of {}, or others", back.len(), expected.len());
+    world.end()
+}
