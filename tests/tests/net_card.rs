@@ -8,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use colo_bench::net::Card as Frontend;
 use colo_lab::{
     BackEnd, Card, Dice, Disk, DiskGuest, DiskGuestImage, GUEST, Host, INCOMING, Lab, MAC, Migration, Side,
 };
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         ("four_queue_pairs_carry_the_guests_connections", four_queue_pairs),
         ("tcp_goes_on_when_the_back_end_was_killed", tcp_goes_on_when_the_back_end_was_killed),
         ("what_a_guest_has_received_migrates_with_it", what_a_guest_has_received_migrates_with_it),
+        ("a_thousand_guests_leave_nothing_behind", a_thousand_guests_leave_nothing_behind),
     ])
 }
 
@@ -269,4 +271,48 @@ fn what_a_guest_has_received_migrates_with_it() -> Result<()> {
     let expected = [&b"begin"[..], &data, b"end"].concat();
     ensure!(back == expected, "{} bytes came back of {}, or others", back.len(), expected.len());
     world.end()
+}
+
+/// They come and go, in good order or not, with frames under way, and the program is as large as before.
+fn a_thousand_guests_leave_nothing_behind() -> Result<()> {
+    const ROUNDS: usize = 1000;
+    const WARM_UP: usize = 100;
+    // an arena of the allocator more or less; what leaks with each guest is a hundred times as much
+    const MAPPINGS_SLACK: usize = 8;
+    const RSS_KIB_SLACK: u64 = 1024;
+    let lab = Lab::build()?;
+    let host = lab.host(Side::A);
+    let mut back_end = BackEnd::null_net(host, "card", &["--null", "reflect", "--poll-us", "0"])?;
+    let mut before = None;
+    for round in 0..ROUNDS {
+        let mut card = Frontend::open(back_end.socket(), 64).with_context(|| format!("Guest {round}"))?;
+        // it has answered, so nothing of the one before is left
+        if round == WARM_UP {
+            before = Some(size(back_end.pid())?);
+        }
+        match round % 3 {
+            0 => {}
+            1 => card.begin(true, 32, 64)?,
+            _ => {
+                card.begin(true, 32, 64)?;
+                card.close()?;
+            }
+        }
+    }
+    let _last = Frontend::open(back_end.socket(), 64)?;
+    let (before, after) = (before.context("A thousand rounds")?, size(back_end.pid())?);
+    println!("  descriptors, mappings, KiB: {before:?} after {WARM_UP} guests, {after:?} after {ROUNDS}");
+    ensure!(after.0 == before.0, "Descriptors leak");
+    ensure!(after.1 <= before.1 + MAPPINGS_SLACK, "Mappings leak");
+    ensure!(after.2 <= before.2 + RSS_KIB_SLACK, "Memory leaks");
+    back_end.ensure_running()
+}
+
+/// Open descriptors, mappings and resident KiB of a process.
+fn size(pid: u32) -> Result<(usize, usize, u64)> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"))?.count();
+    Ok((descriptors, maps.lines().count(), rss.trim().trim_end_matches(" kB").parse()?))
 }

@@ -41,6 +41,14 @@ impl BackEnd {
         Self::start("vhost-net-backend", host, name, &[&["--tap", tap], options].concat())
     }
 
+    /// Starts it without a tap, for a LAN that is not there.
+    ///
+    /// # Errors
+    /// It ends at once.
+    pub fn null_net(host: &Host, name: &str, options: &[&str]) -> Result<Self> {
+        Self::start("vhost-net-backend", host, name, options)
+    }
+
     fn start(program: &'static str, host: &Host, name: &str, options: &[&str]) -> Result<Self> {
         let file = |what: &str| host.directory().join(format!("{name}.{what}"));
         let (socket, control) = (file("socket"), file("control"));

@@ -21,7 +21,8 @@ const HUGE_PAGES_WANTED: u64 = 256;
 /// Compares vhost-net-backend with DPDK's testpmd (net_vhost): a guest that drives its rings itself on one core, the
 /// server on another, and no LAN.
 ///
-/// Needs root, two cores, 512 MiB for huge pages and Debian's dpdk-dev with librte-net-vhost23 and librte-mempool-ring23.
+/// Needs root, two cores, 512 MiB for huge pages and Debian's dpdk-dev with librte-net-vhost23, librte-net-tap23 and
+/// librte-mempool-ring23.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Arguments {
@@ -104,6 +105,9 @@ impl Case {
                 cases.push(Self { way, lan, frame_bytes, target: 0.8 });
             }
         }
+        for frame_bytes in [64, 1514] {
+            cases.push(Self { way: Way::Transmit, lan: Lan::Tap, frame_bytes, target: 2.0 });
+        }
         // the time may be 1.2 of the peer's
         cases.push(Self { way: Way::RoundTrip, lan: Lan::Reflect, frame_bytes: 64, target: 1.0 / 1.2 });
         cases
@@ -111,6 +115,7 @@ impl Case {
 
     fn name(&self) -> String {
         let way = match self.way {
+            Way::Transmit if self.lan == Lan::Tap => "guest to tap",
             Way::Transmit => "guest to back end",
             Way::Receive => "back end to guest",
             Way::Forward => "there and back",
@@ -154,13 +159,14 @@ fn load(one: &One) -> Result<()> {
 fn compare(options: &Comparison) -> Result<()> {
     let run = Run::begin()?;
     let namespace = run.add_namespace("bench")?;
+    net::add_lan(&namespace)?;
     let place = Place { namespace: &namespace, directory: run.directory(), core: options.server_core };
     let more: Vec<String> = options.ours.split_whitespace().map(str::to_owned).collect();
     let _pages = HugePages::reserve()?;
     let others = Others::watch()?;
     let mut rows = Vec::new();
     for case in Case::all() {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let (mut ours, mut theirs, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..options.rounds {
             let server = Server::our_card(place, case.lan, &more)?;
             ours.push(measure(options, &case, &server).with_context(|| format!("ours, {}", case.name()))?);
@@ -170,6 +176,11 @@ fn compare(options: &Comparison) -> Result<()> {
                 measure(options, &case, &server)
                     .with_context(|| format!("testpmd, {}: {}", case.name(), server.output()))?,
             );
+            drop(server);
+            if case.lan == Lan::Tap {
+                let duration = Duration::from_secs_f64(options.seconds);
+                bare.push(net::bare::write(&namespace, options.server_core, case.frame_bytes, duration)?);
+            }
         }
         let of = |all: &[Measured], figure: fn(&Measured) -> f64| {
             median(&all.iter().map(figure).collect::<Vec<_>>())
@@ -180,14 +191,13 @@ fn compare(options: &Comparison) -> Result<()> {
             Row::less_is_better(&name, "us", time(&ours), ("testpmd net_vhost", time(&theirs)), case.target)
         } else {
             let rate = |all| of(all, |measured: &Measured| measured.frames_per_s);
-            Row::more_is_better(
-                &name,
-                "frames/s",
-                rate(&ours),
-                ("testpmd net_vhost", rate(&theirs)),
-                case.target,
-            )
+            let peer = if case.lan == Lan::Tap { "testpmd net_tap" } else { "testpmd net_vhost" };
+            Row::more_is_better(&name, "frames/s", rate(&ours), (peer, rate(&theirs)), case.target)
         };
+        if !bare.is_empty() {
+            let peer = ("bare loop of writes", median(&bare));
+            rows.push(Row::more_is_better(&name, "frames/s", row.ours, peer, 0.9));
+        }
         eprintln!("{name}: {:.2}", row.ratio);
         rows.push(row);
     }

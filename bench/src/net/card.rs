@@ -16,7 +16,7 @@ pub(super) const HEADER_BYTES: usize = 12;
 /// A buffer's place: room for the longest frame of Ethernet.
 const STRIDE: usize = 2048;
 /// The longest frame that fits.
-pub(super) const FRAME_BYTES_MAX: usize = STRIDE - HEADER_BYTES;
+const FRAME_BYTES_MAX: usize = STRIDE - HEADER_BYTES;
 
 /// One queue with its buffers.
 #[derive(Debug)]
@@ -108,6 +108,30 @@ impl Card {
             driver::start_queue(&mut frontend, index, &memory, &queue.place, &queue.notifiers)?;
         }
         Ok(Self { frontend, rx, tx })
+    }
+
+    /// Gives the device all buffers for what the guest receives, if it receives at all, and sends that many frames,
+    /// numbered from 1 on.
+    ///
+    /// # Errors
+    /// The device cannot be kicked.
+    pub fn begin(&mut self, receives: bool, frames: u16, frame_bytes: usize) -> Result<()> {
+        let Self { rx, tx, .. } = self;
+        for slot in 0..rx.ring.slots() {
+            rx.set_buffer(slot, FRAME_BYTES_MAX, true);
+            tx.set_buffer(slot, frame_bytes, false);
+        }
+        if receives {
+            for slot in 0..rx.ring.slots() {
+                rx.ring.offer(slot);
+            }
+            rx.publish()?;
+        }
+        for slot in 0..frames {
+            tx.write_frame(slot, u64::from(slot) + 1);
+            tx.ring.offer(slot);
+        }
+        tx.publish()
     }
 
     /// Stops the queues as a VMM does.

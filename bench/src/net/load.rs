@@ -106,30 +106,16 @@ struct Client<'a> {
 impl Client<'_> {
     /// Offers all buffers that this way needs, and sends the first frames.
     fn begin(&mut self, frame_bytes: usize) -> Result<()> {
-        let Card { rx, tx, .. } = &mut *self.card;
-        for slot in 0..rx.ring.slots() {
-            rx.set_buffer(slot, super::card::FRAME_BYTES_MAX, true);
-            tx.set_buffer(slot, frame_bytes, false);
-        }
-        if self.way != Way::Transmit {
-            for slot in 0..rx.ring.slots() {
-                rx.ring.offer(slot);
-            }
-            rx.publish()?;
-        }
+        let slots = self.card.tx.ring.slots();
         let frames = match self.way {
             Way::Receive => 0,
             Way::RoundTrip => 1,
             // what comes back needs a buffer that is free
-            Way::Forward => tx.ring.slots() / 2,
-            Way::Transmit => tx.ring.slots(),
+            Way::Forward => slots / 2,
+            Way::Transmit => slots,
         };
-        for slot in 0..frames {
-            self.number += 1;
-            tx.write_frame(slot, self.number);
-            tx.ring.offer(slot);
-        }
-        tx.publish()
+        self.number = frames.into();
+        self.card.begin(self.way != Way::Transmit, frames, frame_bytes)
     }
 
     /// Keeps it going for so long. Returns how many frames have arrived.

@@ -1,9 +1,10 @@
 //! Network devices: a guest without a VM that sends and receives frames, and who serves it.
 
+pub mod bare;
 mod card;
 pub mod load;
 mod server;
 
 pub use card::Card;
 pub use load::{Load, Measured, Way};
-pub use server::Lan;
+pub use server::{Lan, add_lan};

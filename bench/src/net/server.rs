@@ -1,21 +1,50 @@
-//! The programs that serve a network card, with a LAN that is not there.
+//! The programs that serve a network card.
 
 use std::process::Command;
 
 use anyhow::Result;
-use colo_lab::program;
+use colo_lab::{Namespace, program};
 
 use crate::{Place, Server};
 
-/// What that LAN does.
+/// What is behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lan {
-    /// It takes every frame.
+    /// Nothing, which takes every frame.
     Drop,
-    /// It gives frames of this length, in bytes.
+    /// Nothing, which gives frames of this length, in bytes.
     Generate(usize),
-    /// It gives back what it gets.
+    /// Nothing, which gives back what it gets.
     Reflect,
+    /// A tap that leads to a bridge ([`add_lan`]).
+    Tap,
+}
+
+/// The tap's name, in the laboratory.
+pub(super) const TAP: &str = "bench0";
+/// And of one that testpmd can open.
+const MULTI_QUEUE_TAP: &str = "bench1";
+
+/// Makes the taps, ports of a bridge with one more port, as hosts have it: that is where frames go.
+///
+/// # Errors
+/// What `ip` says.
+pub fn add_lan(namespace: &Namespace) -> Result<()> {
+    for words in [
+        "link add lan type bridge".to_owned(),
+        "link add cable type veth peer name far".to_owned(),
+        format!("tuntap add dev {TAP} mode tap vnet_hdr"),
+        format!("tuntap add dev {MULTI_QUEUE_TAP} mode tap multi_queue"),
+    ] {
+        namespace.ip(&words)?;
+    }
+    for port in ["cable", TAP, MULTI_QUEUE_TAP] {
+        namespace.ip(&format!("link set {port} up master lan"))?;
+    }
+    for other in ["far", "lan"] {
+        namespace.ip(&format!("link set {other} up"))?;
+    }
+    Ok(())
 }
 
 impl Server {
@@ -26,12 +55,13 @@ impl Server {
     pub fn our_card(place: Place<'_>, lan: Lan, more: &[String]) -> Result<Self> {
         let socket = place.directory.join("ours.sock");
         let mut command = Command::new(program("vhost-net-backend")?);
-        command.arg("--socket-path").arg(&socket).args(["--core", &place.core.to_string(), "--null"]);
-        command.arg(match lan {
-            Lan::Drop => "drop".to_owned(),
-            Lan::Generate(bytes) => format!("generate:{bytes}"),
-            Lan::Reflect => "reflect".to_owned(),
-        });
+        command.arg("--socket-path").arg(&socket).args(["--core", &place.core.to_string()]);
+        match lan {
+            Lan::Drop => command.args(["--null", "drop"]),
+            Lan::Generate(bytes) => command.args(["--null".to_owned(), format!("generate:{bytes}")]),
+            Lan::Reflect => command.args(["--null", "reflect"]),
+            Lan::Tap => command.args(["--tap", TAP]),
+        };
         Self::start(
             place,
             {
@@ -53,15 +83,20 @@ impl Server {
         command
             .args(["--in-memory", "--no-pci", "--no-telemetry", "--log-level=error"])
             .arg(format!("--lcores=0@{main_core},1@{}", place.core))
-            .arg(format!("--vdev=net_vhost0,iface={},queues=1", socket.display()))
-            // one that has nothing to print and no terminal ends at once
-            .args(["--", "--stats-period=3600", "--auto-start", "--nb-cores=1", "--port-topology=loop"]);
+            .arg(format!("--vdev=net_vhost0,iface={},queues=1", socket.display()));
+        if lan == Lan::Tap {
+            command.arg(format!("--vdev=net_tap0,iface={MULTI_QUEUE_TAP}"));
+        }
+        let topology = if lan == Lan::Tap { "paired" } else { "loop" };
+        // one that has nothing to print and no terminal ends at once
+        command.args(["--", "--stats-period=3600", "--auto-start", "--nb-cores=1"]);
+        command.arg(format!("--port-topology={topology}"));
         match lan {
             Lan::Drop => command.arg("--forward-mode=rxonly"),
             Lan::Generate(bytes) => {
                 command.args(["--forward-mode=txonly".to_owned(), format!("--txpkts={bytes}")])
             }
-            Lan::Reflect => command.arg("--forward-mode=io"),
+            Lan::Reflect | Lan::Tap => command.arg("--forward-mode=io"),
         };
         Self::start(place, command, socket, "testpmd")
     }

@@ -18,6 +18,10 @@ use crate::offload::Offloads;
 /// Linux gives no more in one call (limits.h, UIO_MAXIOV).
 pub(crate) const IOVECS_MAX: usize = 1024;
 
+/// A frame with its header that is no longer is copied: that costs less than what the kernel does for each piece (measured
+/// with 76 and 1526 bytes in one piece beside the header: 12 and 4 % more frames a second).
+const SMALL_BYTES: usize = 2048;
+
 /// What a tap has that nobody has asked.
 const MTU_DEFAULT: u16 = 1500;
 
@@ -58,9 +62,20 @@ pub enum TapError {
     },
 }
 
-/// Room for the pieces of a frame, used again and again; what it points to matters during a call only.
-#[derive(Debug, Default)]
-pub(crate) struct Vectors(Vec<libc::iovec>);
+/// Room for a frame on its way to the kernel, used again and again.
+#[derive(Debug)]
+pub(crate) struct Vectors {
+    /// Its pieces; what they point to matters during a call only.
+    vectors: Vec<libc::iovec>,
+    /// Or all of it.
+    small: Box<[u8; SMALL_BYTES]>,
+}
+
+impl Default for Vectors {
+    fn default() -> Self {
+        Self { vectors: Vec::new(), small: Box::new([0; SMALL_BYTES]) }
+    }
+}
 
 // SAFETY: nobody follows its pointers but the call that they were put in for.
 unsafe impl Send for Vectors {}
@@ -308,7 +323,13 @@ impl Tap {
     /// Sends a header and what can be read of the chain as one frame. Returns false when the kernel does not take it, as
     /// [`Tap::write`], or it is in too many pieces.
     pub(crate) fn send(&self, header: &[u8], chain: &Chain, vectors: &mut Vectors) -> bool {
-        let Vectors(vectors) = vectors;
+        let Vectors { vectors, small } = vectors;
+        let bytes = header.len() + chain.readable_bytes() as usize;
+        if bytes <= SMALL_BYTES {
+            small[..header.len()].copy_from_slice(header);
+            chain.copy_to(&mut small[header.len()..bytes]);
+            return self.write(&small[..bytes]);
+        }
         vectors.clear();
         // a write only reads it
         vectors.push(libc::iovec { iov_base: header.as_ptr().cast_mut().cast(), iov_len: header.len() });

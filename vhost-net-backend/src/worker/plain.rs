@@ -1,4 +1,4 @@
-//! The way of frames without a peer: between the guest's memory and the LAN, without a copy in between.
+//! The way of frames without a peer: between the guest's memory and a tap.
 
 use std::io;
 
