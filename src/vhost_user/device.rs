@@ -25,6 +25,12 @@ pub trait Device: Send + Sync {
         None
     }
 
+    /// Whether what is in flight is kept where a successor of this process finds it (INFLIGHT_SHMFD). A device that takes
+    /// requests ahead and puts several back must not.
+    fn tracks_inflight(&self) -> bool {
+        false
+    }
+
     /// The driver writes to the configuration space.
     ///
     /// # Errors

@@ -282,7 +282,8 @@ impl Ring {
         true
     }
 
-    /// Puts the request that was popped last back, untouched.
+    /// Puts the request that was popped last back, untouched. On a ring without inflight memory it may be called again for
+    /// the one popped before, and so on.
     pub fn undo_pop(&mut self, chain: &Chain) {
         if self.was_again {
             self.again.push(chain.head());

@@ -20,6 +20,7 @@ fn main() -> ExitCode {
     colo_tests::run(&[
         ("what_is_left_to_the_other_side_arrives_whole", what_is_left_to_the_other_side_arrives_whole),
         ("four_queue_pairs_carry_the_guests_connections", four_queue_pairs),
+        ("queue_pairs_that_the_guest_does_not_use_get_nothing", queue_pairs_that_the_guest_does_not_use),
         ("tcp_goes_on_when_the_back_end_was_killed", tcp_goes_on_when_the_back_end_was_killed),
         ("what_a_guest_has_received_migrates_with_it", what_a_guest_has_received_migrates_with_it),
         ("a_thousand_guests_leave_nothing_behind", a_thousand_guests_leave_nothing_behind),
@@ -36,14 +37,14 @@ struct World {
 }
 
 /// A card with a tap that leads to the LAN.
-fn card(host: &Host, pairs: usize, properties: &str) -> Result<Card> {
-    if pairs > 1 {
+fn card(host: &Host, served: usize, pairs: usize, properties: &str) -> Result<Card> {
+    if served > 1 {
         host.add_multi_queue_tap("tap0")?;
     } else {
         host.add_tap("tap0")?;
     }
     Ok(Card {
-        back_end: BackEnd::net(host, "card", "tap0", &["--queue-pairs", &pairs.to_string()])?,
+        back_end: BackEnd::net(host, "card", "tap0", &["--queue-pairs", &served.to_string()])?,
         pairs,
         mac: MAC,
         address: GUEST,
@@ -53,11 +54,16 @@ fn card(host: &Host, pairs: usize, properties: &str) -> Result<Card> {
 
 impl World {
     fn boot(pairs: usize, properties: &str) -> Result<Self> {
+        Self::boot_with(pairs, pairs, properties)
+    }
+
+    /// A guest with `pairs` queue pairs of the `served` that the back end has.
+    fn boot_with(served: usize, pairs: usize, properties: &str) -> Result<Self> {
         let lab = Lab::build()?;
         let host = lab.host(Side::A);
         let disk = Disk::create(lab.run().directory().join("disk.img"), 64)?;
         let back_end = BackEnd::block(host, "disk", &disk, &["--queues", "4"])?;
-        let card = card(host, pairs, properties)?;
+        let card = card(host, served, pairs, properties)?;
         let guest = DiskGuest::boot_with(host, &DiskGuestImage::make()?, back_end, Some(card))?;
         Ok(Self { lab, disk, guest, side: Side::A })
     }
@@ -207,6 +213,16 @@ fn four_queue_pairs() -> Result<()> {
     world.end()
 }
 
+/// The kernel would spread what comes for the guest over all of the tap's queues.
+fn queue_pairs_that_the_guest_does_not_use() -> Result<()> {
+    let mut world = World::boot_with(4, 1, "")?;
+    let data = data(1 << 16);
+    for port in 5000..5016 {
+        world.exchange(GUEST, port, &data).with_context(|| format!("Port {port}"))?;
+    }
+    world.end()
+}
+
 fn tcp_goes_on_when_the_back_end_was_killed() -> Result<()> {
     const KILLS: usize = 3;
     let mut world = World::boot(1, "")?;
@@ -245,7 +261,7 @@ fn what_a_guest_has_received_migrates_with_it() -> Result<()> {
 
     let host = world.lab.host(Side::B);
     let back_end = BackEnd::block(host, "disk", &world.disk, &[&["--queues", "4"], INCOMING].concat())?;
-    let card = card(host, 1, "")?;
+    let card = card(host, 1, 1, "")?;
     let uri = format!("tcp:{}:4444", Side::B.link_address());
     let mut destination = DiskGuest::await_from(host, &DiskGuestImage::make()?, back_end, Some(card), &uri)?;
     let mut migration = Migration::begin(&mut world.guest, &uri)?;

@@ -85,6 +85,10 @@ impl Device for Backend {
         }
     }
 
+    fn tracks_inflight(&self) -> bool {
+        true
+    }
+
     fn config_read(&self) {
         self.told();
     }

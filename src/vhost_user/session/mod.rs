@@ -175,7 +175,9 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             }
             FrontendReq::ADD_MEM_REG => return self.add_mem_reg(message),
             FrontendReq::REM_MEM_REG => return self.rem_mem_reg(message),
-            FrontendReq::SET_INFLIGHT_FD => return self.set_inflight(message),
+            FrontendReq::SET_INFLIGHT_FD if self.device.tracks_inflight() => {
+                return self.set_inflight(message);
+            }
             FrontendReq::SET_BACKEND_REQ_FD => {
                 message.expect_fds(1)?;
                 let Some(channel) = self.device.frontend_channel() else {
@@ -254,7 +256,7 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
                 self.start_wanted()
             }
             FrontendReq::GET_MAX_MEM_SLOTS => Ok(Reply::number(memory::MEM_SLOTS_MAX as u64)),
-            FrontendReq::GET_INFLIGHT_FD => self.get_inflight(message),
+            FrontendReq::GET_INFLIGHT_FD if self.device.tracks_inflight() => self.get_inflight(message),
             FrontendReq::GET_CONFIG => self.get_config(message),
             FrontendReq::SET_CONFIG => self.set_config(message),
             other => Err(MessageError::Unknown { request: other.into() }.into()),
@@ -272,8 +274,10 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::RESET_DEVICE
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-            | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+        if self.device.tracks_inflight() {
+            offered |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        }
         if self.device.frontend_channel().is_some() {
             offered |= VhostUserProtocolFeatures::BACKEND_REQ;
         }

@@ -185,6 +185,10 @@ impl Device for Shelf {
         self.feature_choices.fetch_add(1, Ordering::SeqCst);
     }
 
+    fn tracks_inflight(&self) -> bool {
+        true
+    }
+
     fn quiesced(&self) {
         assert!(!self.runs(0) && !self.runs(1));
         self.quiet.fetch_add(1, Ordering::SeqCst);

@@ -170,6 +170,7 @@ impl Worker {
     /// # Errors
     /// The tap is gone.
     pub fn run(mut self) -> io::Result<Infallible> {
+        self.stop_receiving()?;
         let mut idle_since = None;
         loop {
             if self.turn()? {
