@@ -71,6 +71,21 @@ pub fn write(path: &Path, rows: &[Row]) -> Result<()> {
     fs::write(path, text).with_context(|| format!("Cannot write {}", path.display()))
 }
 
+/// Prints the rows and what disturbed them, and writes them to `path`: how every comparison ends.
+///
+/// # Errors
+/// They cannot be written.
+pub fn publish(rows: &[Row], busy_cores: f64, path: &Path) -> Result<()> {
+    print(rows);
+    write(path, rows)?;
+    println!(
+        "\nOther programs kept {busy_cores:.2} cores busy meanwhile; below 0.1 the figures are undisturbed."
+    );
+    let met = rows.iter().filter(|row| row.met).count();
+    println!("{met} of {} targets met; {}", rows.len(), path.display());
+    Ok(())
+}
+
 /// Prints the rows as a table.
 pub fn print(rows: &[Row]) {
     let width = |title: &str, of: fn(&Row) -> &str| {

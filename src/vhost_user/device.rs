@@ -31,6 +31,15 @@ pub trait Device: Send + Sync {
         false
     }
 
+    /// Whether it can tell the LAN where the guest is.
+    fn announces(&self) -> bool {
+        false
+    }
+
+    /// The guest has arrived by migration and does not say so itself: tell the LAN that it is here, by a broadcast from its
+    /// hardware address (`SEND_RARP`).
+    fn announce(&self, _mac: [u8; 6]) {}
+
     /// The driver writes to the configuration space.
     ///
     /// # Errors

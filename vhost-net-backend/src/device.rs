@@ -94,6 +94,14 @@ impl Device for NetDevice {
         self.config.map(|_| &self.channel)
     }
 
+    fn announces(&self) -> bool {
+        true
+    }
+
+    fn announce(&self, mac: [u8; 6]) {
+        tell(&self.workers[0], Order::Announce(mac));
+    }
+
     fn write_config(&self, _offset: u32, _data: &[u8]) -> Result<(), String> {
         Err("The configuration of a network device is read-only".into())
     }

@@ -153,16 +153,7 @@ fn run_comparison(options: &Comparison) -> Result<()> {
     let rows = measure(options, &cases, effort)?;
     let busy = others.busy_cores()?;
     println!();
-    report::print(&rows);
-    report::write(&options.json, &rows)?;
-    println!("\nOther programs kept {busy:.2} cores busy meanwhile; below 0.1 the figures are undisturbed.");
-    println!(
-        "{} of {} targets met; {}",
-        rows.iter().filter(|row| row.met).count(),
-        rows.len(),
-        options.json.display()
-    );
-    Ok(())
+    report::publish(&rows, busy, &options.json)
 }
 
 /// Backing by backing: within one, all servers are there at the same time.

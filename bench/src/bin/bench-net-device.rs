@@ -203,16 +203,7 @@ fn compare(options: &Comparison) -> Result<()> {
     }
     rows.push(idle(place, &more)?);
     let busy = others.busy_cores()?;
-    report::print(&rows);
-    report::write(&options.json, &rows)?;
-    println!("\nOther programs kept {busy:.2} cores busy meanwhile; below 0.1 the figures are undisturbed.");
-    println!(
-        "{} of {} targets met; {}",
-        rows.iter().filter(|row| row.met).count(),
-        rows.len(),
-        options.json.display()
-    );
-    Ok(())
+    report::publish(&rows, busy, &options.json)
 }
 
 fn measure(options: &Comparison, case: &Case, server: &Server) -> Result<Measured> {

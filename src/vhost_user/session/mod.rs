@@ -257,6 +257,12 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             }
             FrontendReq::GET_MAX_MEM_SLOTS => Ok(Reply::number(memory::MEM_SLOTS_MAX as u64)),
             FrontendReq::GET_INFLIGHT_FD if self.device.tracks_inflight() => self.get_inflight(message),
+            FrontendReq::SEND_RARP if self.device.announces() => {
+                // the address is in the number's first six bytes
+                let number = message.body::<VhostUserU64>()?.value.to_le_bytes();
+                self.device.announce(std::array::from_fn(|at| number[at]));
+                Ok(Reply::Done)
+            }
             FrontendReq::GET_CONFIG => self.get_config(message),
             FrontendReq::SET_CONFIG => self.set_config(message),
             other => Err(MessageError::Unknown { request: other.into() }.into()),
@@ -277,6 +283,9 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
         if self.device.tracks_inflight() {
             offered |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        }
+        if self.device.announces() {
+            offered |= VhostUserProtocolFeatures::RARP;
         }
         if self.device.frontend_channel().is_some() {
             offered |= VhostUserProtocolFeatures::BACKEND_REQ;

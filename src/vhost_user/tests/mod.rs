@@ -139,6 +139,7 @@ struct Shelf {
     starts: AtomicU64,
     feature_choices: AtomicU64,
     quiet: AtomicU64,
+    announced: Mutex<Vec<[u8; 6]>>,
     channel: Option<FrontendChannel>,
 }
 
@@ -187,6 +188,14 @@ impl Device for Shelf {
 
     fn tracks_inflight(&self) -> bool {
         true
+    }
+
+    fn announces(&self) -> bool {
+        true
+    }
+
+    fn announce(&self, mac: [u8; 6]) {
+        self.announced.lock().unwrap().push(mac);
     }
 
     fn quiesced(&self) {

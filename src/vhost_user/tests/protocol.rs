@@ -463,6 +463,18 @@ fn the_device_hears_of_every_choice_of_features() {
 }
 
 #[test]
+fn a_guest_that_has_arrived_is_announced() {
+    let device = Arc::new(Shelf::default());
+    let (stream, _server) = serve(&device, &DirtyLogs::new());
+    let mut qemu = Qemu(stream);
+    assert_ne!(qemu.ask(FrontendReq::GET_PROTOCOL_FEATURES) & 1 << 2, 0);
+    // as QEMU puts it: the six bytes, then two of nothing
+    qemu.number(FrontendReq::SEND_RARP, u64::from_le_bytes([0x52, 0x54, 0, 1, 2, 3, 0, 0]));
+    qemu.ask(FrontendReq::GET_FEATURES);
+    assert_eq!(*device.announced.lock().unwrap(), [[0x52, 0x54, 0, 1, 2, 3]]);
+}
+
+#[test]
 fn a_change_of_the_configuration_is_told_on_the_frontends_channel() {
     let device = Arc::new(Shelf { channel: Some(FrontendChannel::new()), ..Shelf::default() });
     let channel = device.channel.as_ref().unwrap();

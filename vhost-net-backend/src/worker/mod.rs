@@ -55,6 +55,8 @@ pub enum Order {
     },
     /// The driver's choice of features; no queue runs.
     Features(u64),
+    /// Tell the LAN that the guest with this hardware address is here.
+    Announce([u8; 6]),
     /// The cable of a plain back end is in, or out.
     Link(bool),
     /// A controller's command.
@@ -241,6 +243,7 @@ impl Worker {
                     self.port.set_offloads(self.offloads)?;
                 }
                 Order::Link(up) => self.link_up = up,
+                Order::Announce(mac) => self.announce(mac),
                 Order::Command { command, link, reply } => {
                     let answer = self.command(&command, link);
                     // a marker has to be on its way, and everything released, when the controller hears of it

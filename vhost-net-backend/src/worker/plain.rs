@@ -98,6 +98,15 @@ impl Worker {
         Ok(done > 0)
     }
 
+    /// Sends a RARP request (RFC 903) from the guest's address, by which switches learn the port. The halves of a pair know
+    /// better when to: a guest of theirs does not migrate.
+    pub(super) fn announce(&self, mac: [u8; 6]) {
+        if let Some(tap) = self.port.tap().filter(|_| self.is_plain() && self.link_up) {
+            let header = vec![0; self.offloads.header_bytes()];
+            tap.write(&[&header[..], &rarp_request(mac)].concat());
+        }
+    }
+
     /// Waits for something to do. Returns at once if there is something already.
     pub(super) fn sleep_plain(&mut self) -> io::Result<()> {
         let [rx, tx] = &mut self.rings;
@@ -149,4 +158,23 @@ pub(super) fn frame_room(port: &Port, offloads: crate::offload::Offloads) -> usi
     let frame =
         if offloads.receives_large() { FRAME_BYTES_MAX } else { usize::from(port.mtu()) + ETHERNET_BYTES };
     frame + offloads.header_bytes()
+}
+
+/// "Who am I?", from and about `mac`.
+fn rarp_request(mac: [u8; 6]) -> [u8; 60] {
+    let mut frame = [0; 60];
+    let parts: [&[u8]; 8] = [
+        &[0xff; 6],
+        &mac,
+        &0x8035u16.to_be_bytes(),
+        // Ethernet, IPv4, the lengths of their addresses, request reverse
+        &[0, 1, 8, 0, 6, 4, 0, 3],
+        &mac,
+        &[0; 4],
+        &mac,
+        &[0; 4],
+    ];
+    let bytes = parts.concat();
+    frame[..bytes.len()].copy_from_slice(&bytes);
+    frame
 }

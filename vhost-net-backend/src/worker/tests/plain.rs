@@ -247,3 +247,20 @@ fn what_leaves_work_to_the_guest_is_no_half_of_a_pair() {
     let mut protected = Bench::start(true);
     assert!(protected.call(&Command::Link { up: false }).is_err());
 }
+
+#[test]
+fn a_guest_that_has_arrived_is_announced() {
+    let bench = Bench::start(false);
+    bench.start_rings([0, 0]);
+    let mac = [0x52, 0x54, 0, 1, 2, 3];
+    bench.orders.send(Order::Announce(mac)).unwrap();
+    let frame = bench.lan_receives(LIMIT).unwrap();
+    // RFC 903: a broadcast of type 0x8035, request reverse, the address three times
+    assert_eq!(
+        (frame.len(), &frame[..6], &frame[12..14], &frame[20..22]),
+        (60, &[0xff; 6][..], &[0x80, 0x35][..], &[0, 3][..])
+    );
+    for at in [6, 22, 32] {
+        assert_eq!(frame[at..at + 6], mac);
+    }
+}
