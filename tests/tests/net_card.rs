@@ -21,6 +21,8 @@ fn main() -> ExitCode {
         ("what_is_left_to_the_other_side_arrives_whole", what_is_left_to_the_other_side_arrives_whole),
         ("four_queue_pairs_carry_the_guests_connections", four_queue_pairs),
         ("queue_pairs_that_the_guest_does_not_use_get_nothing", queue_pairs_that_the_guest_does_not_use),
+        ("frames_may_be_as_long_as_the_lan_has_them", frames_may_be_as_long_as_the_lan_has_them),
+        ("a_guest_shares_a_card_of_the_host_by_macvtap", a_guest_shares_a_card_by_macvtap),
         ("tcp_goes_on_when_the_back_end_was_killed", tcp_goes_on_when_the_back_end_was_killed),
         ("what_a_guest_has_received_migrates_with_it", what_a_guest_has_received_migrates_with_it),
         ("a_thousand_guests_leave_nothing_behind", a_thousand_guests_leave_nothing_behind),
@@ -59,11 +61,15 @@ impl World {
 
     /// A guest with `pairs` queue pairs of the `served` that the back end has.
     fn boot_with(served: usize, pairs: usize, properties: &str) -> Result<Self> {
+        Self::boot_by(|host| card(host, served, pairs, properties))
+    }
+
+    fn boot_by(card: impl FnOnce(&Host) -> Result<Card>) -> Result<Self> {
         let lab = Lab::build()?;
         let host = lab.host(Side::A);
         let disk = Disk::create(lab.run().directory().join("disk.img"), 64)?;
         let back_end = BackEnd::block(host, "disk", &disk, &["--queues", "4"])?;
-        let card = card(host, served, pairs, properties)?;
+        let card = card(host)?;
         let guest = DiskGuest::boot_with(host, &DiskGuestImage::make()?, back_end, Some(card))?;
         Ok(Self { lab, disk, guest, side: Side::A })
     }
@@ -145,7 +151,6 @@ const MQ: usize = 22;
 
 fn what_is_left_to_the_other_side_arrives_whole() -> Result<()> {
     let no_sending = ",csum=off,gso=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off";
-    let no_receiving = ",guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off";
     let no_merging = ",mrg_rxbuf=off";
     for (sending, receiving, merging) in [
         (true, true, true),
@@ -159,7 +164,7 @@ fn what_is_left_to_the_other_side_arrives_whole() -> Result<()> {
     ] {
         let choice = |on: bool, off: &'static str| if on { "" } else { off };
         let properties =
-            [choice(sending, no_sending), choice(receiving, no_receiving), choice(merging, no_merging)]
+            [choice(sending, no_sending), choice(receiving, NO_RECEIVING), choice(merging, no_merging)]
                 .concat();
         let case = format!("sending {sending}, receiving {receiving}, merging {merging}");
         let mut world = World::boot(1, &properties)?;
@@ -220,6 +225,35 @@ fn queue_pairs_that_the_guest_does_not_use() -> Result<()> {
     for port in 5000..5016 {
         world.exchange(GUEST, port, &data).with_context(|| format!("Port {port}"))?;
     }
+    world.end()
+}
+
+const NO_RECEIVING: &str = ",guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off";
+
+fn frames_may_be_as_long_as_the_lan_has_them() -> Result<()> {
+    // so that what is long comes from the LAN as it is
+    let mut world = World::boot(1, NO_RECEIVING)?;
+    // also while the guest's queues run
+    world.lab.set_lan_mtu(9000)?;
+    world.lab.host(Side::A).namespace().ip("link set tap0 mtu 9000")?;
+    world.guest.run("ip link set eth0 mtu 9000")?;
+    world.exchange(GUEST, 5000, &data(4 << 20))?;
+    let mean = world.figure("/frames/lan_bytes")? / world.figure("/frames/lan_frames")?.max(1);
+    println!("  frames of {mean} bytes to the guest, on average");
+    ensure!(mean > 1514, "Frames of {mean} bytes");
+    world.end()
+}
+
+fn a_guest_shares_a_card_by_macvtap() -> Result<()> {
+    let mut world = World::boot_by(|host| {
+        // the host's way to the LAN, taken out of its bridge
+        host.namespace().ip("link set lan0 nomaster")?;
+        host.namespace()
+            .ip(&format!("link add link lan0 name mv0 address {MAC} type macvtap mode bridge"))?;
+        let back_end = BackEnd::net_with(host, "card", &["--macvtap", "mv0"])?;
+        Ok(Card { back_end, pairs: 1, mac: MAC, address: GUEST, properties: String::new() })
+    })?;
+    world.exchange(GUEST, 5000, &data(4 << 20))?;
     world.end()
 }
 
@@ -298,7 +332,7 @@ fn a_thousand_guests_leave_nothing_behind() -> Result<()> {
     const RSS_KIB_SLACK: u64 = 1024;
     let lab = Lab::build()?;
     let host = lab.host(Side::A);
-    let mut back_end = BackEnd::null_net(host, "card", &["--null", "reflect", "--poll-us", "0"])?;
+    let mut back_end = BackEnd::net_with(host, "card", &["--null", "reflect", "--poll-us", "0"])?;
     let mut before = None;
     for round in 0..ROUNDS {
         let mut card = Frontend::open(back_end.socket(), 64).with_context(|| format!("Guest {round}"))?;

@@ -41,11 +41,11 @@ impl BackEnd {
         Self::start("vhost-net-backend", host, name, &[&["--tap", tap], options].concat())
     }
 
-    /// Starts it without a tap, for a LAN that is not there.
+    /// Starts it with another way to the LAN, which the options name.
     ///
     /// # Errors
     /// It ends at once.
-    pub fn null_net(host: &Host, name: &str, options: &[&str]) -> Result<Self> {
+    pub fn net_with(host: &Host, name: &str, options: &[&str]) -> Result<Self> {
         Self::start("vhost-net-backend", host, name, options)
     }
 

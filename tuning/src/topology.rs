@@ -86,6 +86,20 @@ impl Lab {
         &self.run
     }
 
+    /// Gives everything between the client and a host's taps another MTU; the taps and the guest have their own.
+    ///
+    /// # Errors
+    /// What `ip` says.
+    pub fn set_lan_mtu(&self, mtu: u16) -> Result<()> {
+        self.client.ip(&format!("link set lan0 mtu {mtu}"))?;
+        self.switch.ip(&format!("link set lan-client mtu {mtu}"))?;
+        for side in [Side::A, Side::B] {
+            self.switch.ip(&format!("link set {} mtu {mtu}", lan_port(side)))?;
+            self.host(side).namespace().ip(&format!("link set lan0 mtu {mtu}"))?;
+        }
+        Ok(())
+    }
+
     /// Interrupts the replication link at the switch; no end notices but by silence.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use colo::vhost_user::Chain;
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat};
+use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use crate::offload::Offloads;
@@ -129,9 +130,11 @@ impl Tap {
     pub fn open_macvtap(name: &str, options: TapOptions) -> Result<Vec<Self>, TapError> {
         interface_request(name).ok_or_else(|| TapError::Name(name.into()))?;
         let failed = |error, hint| TapError::Open { name: name.into(), error, hint };
-        let index = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex"))
+        // not from /sys, which may be another network namespace's
+        let index = socket()
+            .and_then(|socket| Ok(name_to_index(&socket, name)?))
             .map_err(|error| failed(error, ": make it with `ip link add … type macvtap`"))?;
-        let path = format!("/dev/tap{}", index.trim());
+        let path = format!("/dev/tap{index}");
         let taps = (0..options.queues)
             .map(|_| {
                 let fd =
@@ -288,8 +291,7 @@ impl Tap {
 
     /// The longest packet of the LAN without its Ethernet header, in bytes.
     pub(crate) fn mtu(&self) -> u16 {
-        let mtu = |name: &String| std::fs::read_to_string(format!("/sys/class/net/{name}/mtu")).ok();
-        self.name.as_ref().and_then(mtu).and_then(|text| text.trim().parse().ok()).unwrap_or(MTU_DEFAULT)
+        self.name.as_deref().and_then(|name| interface_mtu(name).ok()).unwrap_or(MTU_DEFAULT)
     }
 
     /// Takes one frame that came from the LAN, with its header, into the buffers. Returns its length, header included, and
@@ -410,8 +412,26 @@ fn interface_request(name: &str) -> Option<libc::ifreq> {
     Some(request)
 }
 
+/// Any, to ask about interfaces of the network namespace that this process is in.
+fn socket() -> io::Result<OwnedFd> {
+    Ok(socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?)
+}
+
+fn interface_mtu(name: &str) -> io::Result<u16> {
+    let socket = socket()?;
+    let mut request = interface_request(name).ok_or(io::ErrorKind::InvalidInput)?;
+    // SAFETY: the call reads and writes one ifreq, which lives until it returns, and fills in what is read then.
+    let mtu = unsafe {
+        if libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        request.ifr_ifru.ifru_mtu
+    };
+    Ok(u16::try_from(mtu).unwrap_or(u16::MAX))
+}
+
 fn bring_up(name: &str) -> io::Result<()> {
-    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let socket = socket()?;
     let mut request = interface_request(name).ok_or(io::ErrorKind::InvalidInput)?;
     // SAFETY: both calls read and write one ifreq, which lives until they return; the first fills in the flags that
     // are read in between.
