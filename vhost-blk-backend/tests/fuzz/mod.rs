@@ -91,12 +91,28 @@ pub fn vhost_user(data: &[u8]) {
     // one device for all: a frontend that has gone must leave nothing behind
     static DEVICE: OnceLock<Arc<Backend>> = OnceLock::new();
     let device = DEVICE.get_or_init(|| device(2, ImageOptions::new(Source::Null { bytes: DISK_BYTES })));
-    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     let serving = {
         let device = device.clone();
         std::thread::spawn(move || serve_connection(&*device, &DirtyLogs::new(), theirs))
     };
+    // meanwhile: a device that cannot answer does not read either
+    let mut answers = ours.try_clone().unwrap();
+    let reading = std::thread::spawn(move || {
+        let mut replies = [0; 4096];
+        loop {
+            match answers.read(&mut replies) {
+                Ok(0) => break,
+                Ok(_) => {}
+                // the fuzzer's timer
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                // closed with messages unread
+                Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
+                Err(error) => panic!("the session does not end: {error}"),
+            }
+        }
+    });
     let (ram, event) = (memfd(RAM_BYTES), event());
     // not a copy of `ours`: the device makes what it is given non-blocking, for all copies
     let (socket, _peer) = UnixStream::pair().unwrap();
@@ -119,18 +135,7 @@ pub fn vhost_user(data: &[u8]) {
         send(&ours, &[&header, payload].concat(), fds);
     }
     let _ = ours.shutdown(std::net::Shutdown::Write);
-    let mut replies = [0; 4096];
-    loop {
-        match ours.read(&mut replies) {
-            Ok(0) => break,
-            Ok(_) => {}
-            // the fuzzer's timer
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            // closed with messages unread
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
-            Err(error) => panic!("the session does not end: {error}"),
-        }
-    }
+    reading.join().unwrap();
     let _ = serving.join().expect("the session panics");
 }
 
