@@ -1,8 +1,8 @@
-//! A socket that the starting process left open for us, named by its number on the command line.
+//! Descriptors that the starting process left open for us, named by their numbers on the command line.
 #![expect(unsafe_code, reason = "a descriptor known by its number only has no owner that the compiler knows")]
 
 use std::io;
-use std::os::fd::{BorrowedFd, FromRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use rustix::io::{FdFlags, fcntl_getfd, fcntl_setfd, ioctl_fionbio};
@@ -24,32 +24,41 @@ pub enum Inherited {
 /// # Errors
 /// The number is no open descriptor, or not of a Unix stream socket that is listening or connected.
 pub fn inherited_socket(number: RawFd) -> io::Result<Inherited> {
-    if number < 3 {
-        return Err(refused(
-            number,
-            "one of the standard ones, no socket that was left open for this program",
-        ));
-    }
-    // SAFETY: nothing of ours owns or closes a descriptor yet, so it stays what it is for this borrow; the first use
-    // tells whether it is open at all.
-    let fd = unsafe { BorrowedFd::borrow_raw(number) };
-    let flags = fcntl_getfd(fd).map_err(|_| refused(number, "not open"))?;
+    let fd = open_descriptor(number)?;
     let is_unix = socket_domain(fd) == Ok(AddressFamily::UNIX) && socket_type(fd) == Ok(SocketType::STREAM);
     let is_listening = is_unix && socket_acceptconn(fd).unwrap_or(false);
     let is_connected = is_unix && getpeername(fd).is_ok();
     if !is_listening && !is_connected {
         return Err(refused(number, "no Unix stream socket that is listening or connected"));
     }
-    fcntl_setfd(fd, flags | FdFlags::CLOEXEC)?;
     ioctl_fionbio(fd, false)?;
+    let fd = take(fd)?;
+    Ok(if is_listening { Inherited::Listening(fd.into()) } else { Inherited::Connected(fd.into()) })
+}
+
+/// Takes any descriptor over, under the same rules.
+///
+/// # Errors
+/// The number is no open descriptor.
+pub fn inherited_descriptor(number: RawFd) -> io::Result<OwnedFd> {
+    take(open_descriptor(number)?)
+}
+
+fn open_descriptor<'a>(number: RawFd) -> io::Result<BorrowedFd<'a>> {
+    if number < 3 {
+        return Err(refused(number, "one of the standard ones, nothing that was left open for this program"));
+    }
+    // SAFETY: nothing of ours owns or closes a descriptor yet, so it stays what it is while this module looks at it; the
+    // next line tells whether it is open at all.
+    let fd = unsafe { BorrowedFd::borrow_raw(number) };
+    fcntl_getfd(fd).map_err(|_| refused(number, "not open"))?;
+    Ok(fd)
+}
+
+fn take(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    fcntl_setfd(fd, fcntl_getfd(fd)? | FdFlags::CLOEXEC)?;
     // SAFETY: it is open, and whoever started us left it for this call to own.
-    Ok(unsafe {
-        if is_listening {
-            Inherited::Listening(UnixListener::from_raw_fd(number))
-        } else {
-            Inherited::Connected(UnixStream::from_raw_fd(number))
-        }
-    })
+    Ok(unsafe { OwnedFd::from_raw_fd(fd.as_raw_fd()) })
 }
 
 /// The same for a socket that must be listening.
@@ -70,7 +79,7 @@ fn refused(number: RawFd, what: &str) -> io::Error {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
-    use std::os::fd::{AsRawFd, IntoRawFd};
+    use std::os::fd::IntoRawFd;
 
     use super::*;
 
@@ -97,6 +106,11 @@ mod tests {
         for number in [file.as_raw_fd(), datagram.0.as_raw_fd(), tcp.as_raw_fd()] {
             let refused = inherited_socket(number).unwrap_err().to_string();
             assert!(refused.contains("no Unix stream socket"), "{refused}");
+        }
+        let taken = inherited_descriptor(file.into_raw_fd()).unwrap();
+        assert!(fcntl_getfd(&taken).unwrap().contains(FdFlags::CLOEXEC));
+        for refused in [inherited_descriptor(2), inherited_descriptor(i32::MAX)] {
+            assert!(refused.is_err());
         }
         assert!(inherited_socket(1).unwrap_err().to_string().contains("standard"));
         assert!(inherited_socket(i32::MAX).unwrap_err().to_string().contains("not open"));

@@ -1,5 +1,6 @@
 //! The control socket's side of this back end: what concerns frames is the workers', the dirty log is set here.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use colo::control::{Command, Handler, Request};
@@ -14,26 +15,28 @@ use crate::worker::Order;
 /// Takes a controller's commands.
 #[derive(Debug)]
 pub struct NetHandler {
-    /// One for each queue pair. Only a back end with one of them is ever protected.
-    workers: Vec<Sender<Order>>,
     device: Arc<NetDevice>,
     logs: DirtyLogs,
 }
 
 impl NetHandler {
-    /// For these workers, their device, and the server that writes to `logs`.
-    pub fn new(workers: Vec<Sender<Order>>, device: Arc<NetDevice>, logs: DirtyLogs) -> Self {
-        Self { workers, device, logs }
+    /// For a device, and the server that writes to `logs`.
+    pub fn new(device: Arc<NetDevice>, logs: DirtyLogs) -> Self {
+        Self { device, logs }
+    }
+
+    /// Has the first worker carry a command out. Only a back end with no other is ever protected.
+    fn ask_first(&self, command: Command, link: Option<OwnedFd>) -> Result<Value, String> {
+        ask(&self.device.workers()[0], command, link)
     }
 
     /// The figures of all workers together, and the frames of each.
     fn status(&self) -> Result<Value, String> {
-        let mut all = (self.workers.iter().map(|worker| ask(worker, Command::Status, None)))
-            .collect::<Result<Vec<_>, _>>()?
-            .into_iter();
-        let mut sum = all.next().unwrap_or_default();
+        let (first, others) = self.device.workers().split_first().ok_or("There is no worker")?;
+        let mut sum = ask(first, Command::Status, None)?;
         let mut pairs = vec![sum["frames"].clone()];
-        for one in all {
+        for other in others {
+            let one = ask(other, Command::Status, None)?;
             pairs.push(one["frames"].clone());
             for figure in ["frames", "rings_running", "rings_broken"] {
                 add(&mut sum[figure], &one[figure]);
@@ -45,11 +48,7 @@ impl NetHandler {
     }
 }
 
-fn ask(
-    worker: &Sender<Order>,
-    command: Command,
-    link: Option<std::os::fd::OwnedFd>,
-) -> Result<Value, String> {
+fn ask(worker: &Sender<Order>, command: Command, link: Option<OwnedFd>) -> Result<Value, String> {
     let (reply, answer) = bounded(1);
     let gone = || "The worker has ended".to_owned();
     worker.send(Order::Command { command, link, reply }).map_err(|_| gone())?;
@@ -83,16 +82,16 @@ impl Handler for NetHandler {
             Command::Status => self.status(),
             Command::Link { up } => {
                 // the first worker knows whether it may be
-                let answer = ask(&self.workers[0], Command::Link { up }, None)?;
+                let answer = self.ask_first(Command::Link { up }, None)?;
                 self.device.set_link(up);
                 Ok(answer)
             }
-            command => ask(&self.workers[0], command, fd),
+            command => self.ask_first(command, fd),
         }
     }
 
     fn controller_lost(&mut self) {
-        for worker in &self.workers {
+        for worker in self.device.workers() {
             // A worker that has ended takes the process with it, and that is as silent as can be.
             drop(worker.send(Order::ControllerLost));
         }

@@ -45,6 +45,11 @@ impl NetDevice {
         Self { workers, offloads, config, link_up: AtomicBool::new(true), channel: FrontendChannel::new() }
     }
 
+    /// Who does the work, a worker for each queue pair.
+    pub(crate) fn workers(&self) -> &[Sender<Order>] {
+        &self.workers
+    }
+
     /// Plugs the cable in or out: tells the workers, and a frontend that asks us for the configuration.
     pub fn set_link(&self, up: bool) {
         for worker in &self.workers {

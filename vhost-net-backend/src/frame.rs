@@ -13,18 +13,27 @@ pub const HEADER_BYTES: usize = 12;
 /// The header of a driver from before virtio 1.0.
 pub const LEGACY_HEADER_BYTES: usize = 10;
 
-/// Copies the frame that the guest sends into `into`. `None` when it is no frame: too short, too long. Whatever the
-/// header asks for was never offered and is ignored.
+/// A virtio-net header, without `num_buffers` for a driver from before virtio 1.0.
+pub(crate) type Header = [u8; HEADER_BYTES];
+
+/// Takes the header off what the guest sends. `None` when the rest is no frame: too short, too long.
+#[inline]
+pub(crate) fn take_header(chain: &mut Chain, header_bytes: usize) -> Option<Header> {
+    let mut header = [0; HEADER_BYTES];
+    let whole = chain.take_front(&mut header[..header_bytes]);
+    let bytes = chain.readable_bytes() as usize;
+    (whole && (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes)).then_some(header)
+}
+
+/// Copies the frame that the guest sends into `into`. `None` when it is no frame. Whatever the header asks for was never
+/// offered and is ignored.
 pub fn from_guest<'b>(
     chain: &mut Chain,
     header_bytes: usize,
     into: &'b mut [u8; FRAME_BYTES_MAX],
 ) -> Option<&'b [u8]> {
-    let whole = chain.take_front(&mut [0; HEADER_BYTES][..header_bytes]);
+    take_header(chain, header_bytes)?;
     let bytes = chain.readable_bytes() as usize;
-    if !whole || !(FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes) {
-        return None;
-    }
     let frame = &mut into[..bytes];
     (chain.copy_to(frame) == bytes).then_some(frame)
 }

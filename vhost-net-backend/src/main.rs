@@ -1,6 +1,6 @@
 //! `vhost-net-backend`: see `--help`.
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use clap::Parser;
 use colo::control::{self, Command, Greeting, command_once};
-use colo::inherit::inherited_socket;
+use colo::inherit::{inherited_descriptor, inherited_socket};
 use colo::memory::DirtyLogs;
 use colo::runtime::{mailbox, pin};
 use colo::vhost_user;
@@ -57,7 +57,8 @@ fn give(order: &Order) -> anyhow::Result<()> {
 fn serve(cli: &Serve) -> anyhow::Result<()> {
     // before anything else is opened: the descriptors are known by their numbers only
     let inherited = cli.fd.map(inherited_socket).transpose().context("--fd")?;
-    let taps = cli.tap_fd.iter().map(|number| inherited_file(*number)).collect::<anyhow::Result<Vec<_>>>()?;
+    let taps = cli.tap_fd.iter().map(|number| Ok((*number, inherited_descriptor(*number)?)));
+    let taps = taps.collect::<std::io::Result<Vec<_>>>().context("--tap-fd")?;
     let control = match (cli.control_fd, &cli.control_path) {
         (Some(number), _) => Some(control::Server::inherit(number).context("--control-fd")?),
         (None, Some(path)) => Some(control::Server::bind(path).context("The control socket cannot be made")?),
@@ -78,7 +79,7 @@ fn serve(cli: &Serve) -> anyhow::Result<()> {
         ports.iter().map(|_| mailbox()).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
     let logs = DirtyLogs::new();
     let config = cli.mac.map(|mac| Config { mac, mtu });
-    let device = Arc::new(NetDevice::new(senders.clone(), offloads, config));
+    let device = Arc::new(NetDevice::new(senders, offloads, config));
     let server = match (&cli.socket_path, inherited) {
         (Some(path), _) => vhost_user::Server::bind(path, device.clone(), logs.clone())
             .context("The vhost-user socket cannot be made")?,
@@ -97,7 +98,7 @@ fn serve(cli: &Serve) -> anyhow::Result<()> {
         start_worker(Worker::new(port, mailbox, events, settings), pair, core)?;
     }
     if let Some(control) = control {
-        start_control(control, NetHandler::new(senders, device, logs))?;
+        start_control(control, NetHandler::new(device, logs))?;
     }
     server.run().context("The vhost-user socket")
 }
@@ -124,16 +125,6 @@ fn ports(cli: &Serve, taps: Vec<(i32, OwnedFd)>) -> anyhow::Result<Vec<Port>> {
         }
     };
     Ok(taps.into_iter().map(Port::Tap).collect())
-}
-
-#[expect(unsafe_code, reason = "a descriptor known by its number only has no owner that the compiler knows")]
-fn inherited_file(number: i32) -> anyhow::Result<(i32, OwnedFd)> {
-    ensure!(number > 2, "--tap-fd {number}: one of the standard descriptors");
-    // SAFETY: nothing of ours owns or closes a descriptor yet; this only asks whether it is open.
-    let open = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
-    ensure!(open == 0, "--tap-fd {number}: it is not open");
-    // SAFETY: it is open, and whoever started us left it for this call to own.
-    Ok((number, unsafe { OwnedFd::from_raw_fd(number) }))
 }
 
 /// Starts a worker's thread. When that ends, so does the process: a back end that is half dead would keep a VM hanging

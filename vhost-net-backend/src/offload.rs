@@ -1,6 +1,7 @@
 //! Checksums and segmentation that one side leaves to the other: what the driver has negotiated, and whether the header
 //! of a packet keeps to it (virtio 1.2 §5.1.3, §5.1.6).
 
+use colo::vhost_user::Chain;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
@@ -10,10 +11,7 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 
-use crate::frame::{FRAME_BYTES_MIN, HEADER_BYTES, LEGACY_HEADER_BYTES};
-
-/// A virtio-net header, without `num_buffers` for a driver from before virtio 1.0.
-pub(crate) type Header = [u8; HEADER_BYTES];
+use crate::frame::{self, FRAME_BYTES_MIN, HEADER_BYTES, Header, LEGACY_HEADER_BYTES};
 
 const HDR_LEN_AT: usize = 2;
 const GSO_SIZE_AT: usize = 4;
@@ -101,9 +99,16 @@ impl Offloads {
         flags
     }
 
+    /// Takes the header off what the guest sends. `None` when the rest is no frame, or the header is not to be admitted.
+    #[inline]
+    pub(crate) fn take_header(self, chain: &mut Chain) -> Option<Header> {
+        let mut header = frame::take_header(chain, self.header_bytes())?;
+        self.admit(&mut header, chain.readable_bytes() as usize).then_some(header)
+    }
+
     /// Whether a header that the guest sends with a frame of `frame_bytes` bytes keeps to what was negotiated, and makes
     /// sense. Bits that mean nothing in this direction are cleared, as is `num_buffers`.
-    pub(crate) fn admit(self, header: &mut Header, frame_bytes: usize) -> bool {
+    fn admit(self, header: &mut Header, frame_bytes: usize) -> bool {
         let word = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
         let (start, offset, size) = (word(CSUM_START_AT), word(CSUM_OFFSET_AT), word(GSO_SIZE_AT));
         let needs_checksum = u32::from(header[0]) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;

@@ -6,7 +6,7 @@ mod tap;
 use std::io;
 
 pub use null::Null;
-pub(crate) use tap::{IOVECS_MAX, Vectors};
+pub(crate) use tap::{IOVECS_MAX, Outgoing};
 pub use tap::{Tap, TapError, TapOptions};
 
 use crate::offload::Offloads;

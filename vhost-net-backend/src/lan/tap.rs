@@ -65,21 +65,21 @@ pub enum TapError {
 
 /// Room for a frame on its way to the kernel, used again and again.
 #[derive(Debug)]
-pub(crate) struct Vectors {
+pub(crate) struct Outgoing {
     /// Its pieces; what they point to matters during a call only.
     vectors: Vec<libc::iovec>,
     /// Or all of it.
     small: Box<[u8; SMALL_BYTES]>,
 }
 
-impl Default for Vectors {
+impl Default for Outgoing {
     fn default() -> Self {
         Self { vectors: Vec::new(), small: Box::new([0; SMALL_BYTES]) }
     }
 }
 
 // SAFETY: nobody follows its pointers but the call that they were put in for.
-unsafe impl Send for Vectors {}
+unsafe impl Send for Outgoing {}
 
 /// How to open a tap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,14 +113,7 @@ impl Tap {
     /// # Errors
     /// The name is none, the tap is in use, or this process may not do it.
     pub fn open(name: &str, options: TapOptions) -> Result<Vec<Self>, TapError> {
-        let taps = (0..options.queues)
-            .map(|_| {
-                let fd = device("/dev/net/tun").map_err(TapError::Device)?;
-                Self::attach(fd, name, options)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        bring_up(name).map_err(|error| TapError::Up { name: name.into(), error })?;
-        Ok(taps)
+        Self::open_queues("/dev/net/tun", name, options, TapError::Device)
     }
 
     /// Opens the macvtap of that name, which shares the interface below it.
@@ -134,14 +127,23 @@ impl Tap {
         let index = socket()
             .and_then(|socket| Ok(name_to_index(&socket, name)?))
             .map_err(|error| failed(error, ": make it with `ip link add … type macvtap`"))?;
-        let path = format!("/dev/tap{index}");
-        let taps = (0..options.queues)
-            .map(|_| {
-                let fd =
-                    device(&path).map_err(|error| failed(error, ": its device file is /dev/tapINDEX"))?;
-                Self::attach(fd, name, options)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        Self::open_queues(&format!("/dev/tap{index}"), name, options, |error| {
+            failed(error, ": its device file is /dev/tapINDEX")
+        })
+    }
+
+    fn open_queues(
+        path: &str,
+        name: &str,
+        options: TapOptions,
+        failed: impl Fn(io::Error) -> TapError,
+    ) -> Result<Vec<Self>, TapError> {
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let queue = |_| {
+            let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| failed(errno.into()))?;
+            Self::attach(fd, name, options)
+        };
+        let taps = (0..options.queues).map(queue).collect::<Result<Vec<_>, _>>()?;
         bring_up(name).map_err(|error| TapError::Up { name: name.into(), error })?;
         Ok(taps)
     }
@@ -324,8 +326,8 @@ impl Tap {
 
     /// Sends a header and what can be read of the chain as one frame. Returns false when the kernel does not take it, as
     /// [`Tap::write`], or it is in too many pieces.
-    pub(crate) fn send(&self, header: &[u8], chain: &Chain, vectors: &mut Vectors) -> bool {
-        let Vectors { vectors, small } = vectors;
+    pub(crate) fn send(&self, header: &[u8], chain: &Chain, outgoing: &mut Outgoing) -> bool {
+        let Outgoing { vectors, small } = outgoing;
         let bytes = header.len() + chain.readable_bytes() as usize;
         if bytes <= SMALL_BYTES {
             small[..header.len()].copy_from_slice(header);
@@ -390,11 +392,6 @@ impl AsFd for Tap {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-}
-
-fn device(path: &str) -> io::Result<OwnedFd> {
-    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
 fn interface_request(name: &str) -> Option<libc::ifreq> {

@@ -106,7 +106,7 @@ impl GuestAddresses {
     pub fn announce(&self, actions: &mut Actions) {
         for interface in &self.interfaces {
             // whatever the guest speaks, switches learn from this
-            actions.push_to_lan(&interface.arp(ETHERTYPE_RARP, 3, [0; 4]));
+            actions.push_to_lan(&interface.rarp_request());
             let used = interface.used.filter(|_| interface.claimed.is_empty());
             for address in interface.claimed.iter().copied().chain(used) {
                 match address {
@@ -157,6 +157,11 @@ fn claimed_address(packet: &Packet, frame: &[u8], mac: [u8; 6]) -> Option<IpAddr
     is_own(address).then_some(address)
 }
 
+/// A reverse ARP request (RFC 903) from and about `mac`, by which switches learn where it is.
+pub(crate) fn rarp_request(mac: [u8; 6]) -> Vec<u8> {
+    Interface { vlan: Vlan::default(), mac, claimed: Vec::new(), used: None }.rarp_request()
+}
+
 impl Interface {
     fn claim(&mut self, address: IpAddr) {
         if !self.claimed.contains(&address) && self.claimed.len() < ADDRESSES_MAX {
@@ -189,6 +194,10 @@ impl Interface {
         frame.extend(if ethertype == ETHERTYPE_RARP { self.mac } else { [0; 6] });
         frame.extend(address);
         frame
+    }
+
+    fn rarp_request(&self) -> Vec<u8> {
+        self.arp(ETHERTYPE_RARP, 3, [0; 4])
     }
 
     /// RFC 4861 §7.2.6.

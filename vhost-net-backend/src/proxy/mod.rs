@@ -10,6 +10,7 @@ mod secondary;
 
 pub use actions::{Action, Actions, Cause};
 pub use announce::GuestAddresses;
+pub(crate) use announce::rarp_request;
 pub use primary::{Primary, PrimaryStats};
 pub use secondary::{Secondary, SecondaryStats};
 

@@ -28,7 +28,7 @@ use serde_json::{Value, json};
 use self::buffers::Buffers;
 use crate::device::RX;
 use crate::frame::FRAME_BYTES_MAX;
-use crate::lan::{Port, Vectors};
+use crate::lan::{Outgoing, Port};
 use crate::offload::Offloads;
 use crate::protection::{Lan, Protection};
 use crate::proxy::Config;
@@ -119,7 +119,7 @@ pub struct Worker {
     /// What a frame for the guest may need, header included.
     frame_room: usize,
     link_up: bool,
-    vectors: Vectors,
+    outgoing: Outgoing,
     mode: Mode,
     polling: Polling,
     counters: Counters,
@@ -157,7 +157,7 @@ impl Worker {
             buffers: Buffers::default(),
             frame_room: 0,
             link_up: true,
-            vectors: Vectors::default(),
+            outgoing: Outgoing::default(),
             mode: if settings.protected { Mode::Closed } else { Mode::Plain },
             polling: Polling::new(settings.window),
             counters: Counters::default(),

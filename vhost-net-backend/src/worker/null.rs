@@ -1,10 +1,8 @@
 //! The way of frames to and from a LAN that is not there: what the rings alone cost.
 
-use colo::vhost_user::Chain;
-
 use super::{BATCH_FRAMES, Worker};
 use crate::device::RX;
-use crate::frame::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, LEGACY_HEADER_BYTES};
+use crate::frame::{self, FRAME_BYTES_MAX};
 use crate::lan::Null;
 
 /// The frame that is generated is nothing but zeros.
@@ -31,32 +29,25 @@ impl Worker {
                 break;
             }
             done += 1;
-            let mut header = [0; HEADER_BYTES];
-            let whole = self.chain.take_front(&mut header[..header_bytes]);
-            let bytes = self.chain.readable_bytes() as usize;
-            let sound = whole
-                && (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes)
-                && self.offloads.admit(&mut header, bytes);
-            let mut reflected = false;
-            if sound {
+            let mut reflected = None;
+            if self.offloads.take_header(&mut self.chain).is_some() {
+                let bytes = self.chain.readable_bytes() as usize;
                 self.counters.guest_frames += 1;
                 self.counters.guest_bytes += bytes as u64;
                 let frame = &mut self.frame[..bytes];
                 self.chain.copy_to(frame);
-                if let Some(back) = back.as_mut().filter(|_| self.link_up) {
-                    header[LEGACY_HEADER_BYTES] = 1;
-                    reflected = fill(&self.back, &[&header[..header_bytes], frame]);
-                    if reflected {
-                        back.add_used(self.back.head(), (header_bytes + bytes) as u32);
-                    } else {
-                        self.counters.guest_too_long += 1;
-                    }
+                if back.is_some() && self.link_up {
+                    // nothing is left to such a LAN, so the header says nothing
+                    reflected = frame::to_guest(&self.back, header_bytes, frame);
+                    self.counters.guest_too_long += u64::from(reflected.is_none());
                 }
             } else {
                 self.counters.guest_malformed += 1;
             }
-            if let Some(back) = back.as_mut().filter(|_| !reflected) {
-                back.undo_pop(&self.back);
+            match (&mut back, reflected) {
+                (Some(back), Some(bytes)) => back.add_used(self.back.head(), bytes),
+                (Some(back), None) => back.undo_pop(&self.back),
+                (None, _) => {}
             }
             ring.add_used(self.chain.head(), 0);
         }
@@ -73,16 +64,14 @@ impl Worker {
             return false;
         };
         let header_bytes = self.offloads.header_bytes();
-        let mut header = [0; HEADER_BYTES];
-        header[LEGACY_HEADER_BYTES] = 1;
         let mut done = 0;
         while done < BATCH_FRAMES && ring.pop(&mut self.chain) {
-            if !fill(&self.chain, &[&header[..header_bytes], &ZEROS[..bytes]]) {
+            let Some(used) = frame::to_guest(&self.chain, header_bytes, &ZEROS[..bytes]) else {
                 self.counters.guest_too_long += 1;
                 ring.undo_pop(&self.chain);
                 break;
-            }
-            ring.add_used(self.chain.head(), (header_bytes + bytes) as u32);
+            };
+            ring.add_used(self.chain.head(), used);
             done += 1;
         }
         ring.signal_used();
@@ -90,11 +79,4 @@ impl Worker {
         self.counters.lan_bytes += (done * bytes) as u64;
         done > 0
     }
-}
-
-/// Whether all parts fit, and were written then.
-#[inline]
-fn fill(chain: &Chain, parts: &[&[u8]]) -> bool {
-    let bytes: usize = parts.iter().map(|part| part.len()).sum();
-    chain.writable_bytes() as usize >= bytes && chain.fill(parts) == bytes
 }

@@ -7,11 +7,15 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{BATCH_FRAMES, Mode, Worker};
 use crate::device::{RX, TX};
-use crate::frame::{FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES};
+use crate::frame::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
 use crate::lan::{Null, Port};
+use crate::proxy::rarp_request;
 
 /// So many answers are made the driver's together.
 const PUBLISH_FRAMES: usize = 16;
+
+/// The shortest frame of Ethernet, without its checksum (IEEE 802.3).
+const ETHERNET_FRAME_BYTES_MIN: usize = 60;
 
 /// What a frame has besides the LAN's packet: Ethernet's own header and two VLAN tags.
 const ETHERNET_BYTES: usize = 14 + 8;
@@ -34,16 +38,10 @@ impl Worker {
         let mut done = 0;
         while done < BATCH_FRAMES && ring.pop(&mut self.chain) {
             done += 1;
-            let mut header = [0; HEADER_BYTES];
-            let whole = self.chain.take_front(&mut header[..header_bytes]);
-            let bytes = self.chain.readable_bytes() as usize;
-            if whole
-                && (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes)
-                && self.offloads.admit(&mut header, bytes)
-            {
+            if let Some(header) = self.offloads.take_header(&mut self.chain) {
                 self.counters.guest_frames += 1;
-                self.counters.guest_bytes += bytes as u64;
-                let sent = self.link_up && tap.send(&header[..header_bytes], &self.chain, &mut self.vectors);
+                self.counters.guest_bytes += u64::from(self.chain.readable_bytes());
+                let sent = self.link_up && tap.send(&header[..header_bytes], &self.chain, &mut self.outgoing);
                 self.counters.lan_refused += u64::from(!sent);
             } else {
                 self.counters.guest_malformed += 1;
@@ -102,8 +100,10 @@ impl Worker {
     /// better when to: a guest of theirs does not migrate.
     pub(super) fn announce(&self, mac: [u8; 6]) {
         if let Some(tap) = self.port.tap().filter(|_| self.is_plain() && self.link_up) {
-            let header = vec![0; self.offloads.header_bytes()];
-            tap.write(&[&header[..], &rarp_request(mac)].concat());
+            let mut frame = vec![0; self.offloads.header_bytes()];
+            frame.extend(rarp_request(mac));
+            frame.resize(self.offloads.header_bytes() + ETHERNET_FRAME_BYTES_MIN, 0);
+            tap.write(&frame);
         }
     }
 
@@ -158,23 +158,4 @@ pub(super) fn frame_room(port: &Port, offloads: crate::offload::Offloads) -> usi
     let frame =
         if offloads.receives_large() { FRAME_BYTES_MAX } else { usize::from(port.mtu()) + ETHERNET_BYTES };
     frame + offloads.header_bytes()
-}
-
-/// "Who am I?", from and about `mac`.
-fn rarp_request(mac: [u8; 6]) -> [u8; 60] {
-    let mut frame = [0; 60];
-    let parts: [&[u8]; 8] = [
-        &[0xff; 6],
-        &mac,
-        &0x8035u16.to_be_bytes(),
-        // Ethernet, IPv4, the lengths of their addresses, request reverse
-        &[0, 1, 8, 0, 6, 4, 0, 3],
-        &mac,
-        &[0; 4],
-        &mac,
-        &[0; 4],
-    ];
-    let bytes = parts.concat();
-    frame[..bytes.len()].copy_from_slice(&bytes);
-    frame
 }

@@ -147,7 +147,7 @@ impl Bench {
         let worker = Worker::new(port(ours), mailbox, server.events(), settings);
         std::thread::spawn(|| worker.run());
         let device = Arc::new(NetDevice::new(vec![orders.clone()], 0, None));
-        let mut handler = NetHandler::new(vec![orders.clone()], device, logs.clone());
+        let mut handler = NetHandler::new(device, logs.clone());
         let greeting = Greeting {
             protocol: PROTOCOL_VERSION,
             device: "net".into(),
