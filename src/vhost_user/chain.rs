@@ -167,34 +167,9 @@ impl Chain {
 
     /// Fills the writable part with `parts`, one after the other, as far as there is room, and marks it. Returns how
     /// many bytes were written.
+    #[inline]
     pub fn fill(&self, parts: &[&[u8]]) -> usize {
-        let Some(map) = &self.map else {
-            return 0;
-        };
-        let mut written = 0;
-        let mut pieces = self.writable().iter().copied();
-        let mut piece = None;
-        for part in parts {
-            let mut left = *part;
-            while !left.is_empty() {
-                let Some(into) = piece.as_mut().filter(|piece: &&mut Piece| piece.bytes > 0) else {
-                    piece = pieces.next();
-                    if piece.is_none() {
-                        return written;
-                    }
-                    continue;
-                };
-                let bytes = left.len().min(into.bytes as usize);
-                // SAFETY: `into` is a piece of guest memory with at least so many bytes, kept mapped by `map`; it is
-                // no memory of ours, so it does not overlap with `left`. No reference to guest memory exists.
-                unsafe { std::ptr::copy_nonoverlapping(left.as_ptr(), into.host, bytes) };
-                map.mark(into.guest, bytes);
-                into.advance(bytes as u32);
-                left = &left[bytes..];
-                written += bytes;
-            }
-        }
-        written
+        parts.iter().fold(0, |written, part| written + self.write_at(written, part))
     }
 
     /// Marks all of the writable part as written, after the kernel has done so.
@@ -217,28 +192,30 @@ impl Chain {
         }
     }
 
-    /// Writes `data` from `offset` of the writable part on, as far as there is room, and marks it.
-    pub fn write_at(&self, mut offset: usize, mut data: &[u8]) {
+    /// Writes `data` from `offset` of the writable part on, as far as there is room, and marks it. Returns how many bytes
+    /// were written.
+    #[inline]
+    pub fn write_at(&self, mut offset: usize, data: &[u8]) -> usize {
         let Some(map) = &self.map else {
-            return;
+            return 0;
         };
+        let mut written = 0;
         for piece in self.writable() {
+            if written == data.len() {
+                break;
+            }
             let skipped = offset.min(piece.bytes as usize);
             offset -= skipped;
-            let here = data.len().min(piece.bytes as usize - skipped);
-            if here == 0 {
-                continue;
-            }
+            let left = &data[written..];
+            let bytes = left.len().min(piece.bytes as usize - skipped);
             let host = piece.host.wrapping_add(skipped);
-            // SAFETY: inside a piece of guest memory that `map` keeps mapped, and no memory of ours, so it does not overlap
-            // with `data`. No reference to guest memory exists.
-            unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), host, here) };
-            map.mark(piece.guest + skipped as u64, here);
-            data = &data[here..];
-            if data.is_empty() {
-                return;
-            }
+            // SAFETY: inside a piece of guest memory that `map` keeps mapped; it is no memory of ours, so it does not
+            // overlap with `data`. No reference to guest memory exists.
+            unsafe { std::ptr::copy_nonoverlapping(left.as_ptr(), host, bytes) };
+            map.mark(piece.guest + skipped as u64, bytes);
+            written += bytes;
         }
+        written
     }
 
     /// Forgets everything, the mapping included. A chain that is kept for later otherwise keeps the guest's memory.
@@ -381,11 +358,10 @@ impl Table {
         }
         let descriptor = self.descriptor(index);
         if let Some(piece) = map.piece(descriptor.addr().0, descriptor.len()) {
-            let fetch = if descriptor.is_write_only() { prefetch_to_write } else { prefetch };
-            fetch(piece.host);
+            prefetch(piece.host, descriptor.is_write_only());
             // of a frame with its header; what comes then is found by the processor itself
             if piece.bytes > LINE_BYTES {
-                fetch(piece.host.wrapping_add(LINE_BYTES as usize));
+                prefetch(piece.host.wrapping_add(LINE_BYTES as usize), descriptor.is_write_only());
             }
         }
     }
@@ -393,32 +369,26 @@ impl Table {
     /// Tells the processor that a descriptor will be wanted soon.
     #[inline]
     pub(super) fn prefetch(self, index: u16) {
-        prefetch(self.at(index));
+        prefetch(self.at(index), false);
     }
 }
 
-/// Tells the processor that memory will be wanted soon. Any address will do: a prefetch never faults.
+/// Tells the processor that memory will be wanted soon; to be written, other processors are to forget it. Any address
+/// will do: a prefetch never faults.
 #[inline]
-pub(super) fn prefetch(host: *const u8) {
+pub(super) fn prefetch(host: *const u8, to_write: bool) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: as above.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(host.cast());
+        use std::arch::x86_64::{_MM_HINT_ET0, _MM_HINT_T0, _mm_prefetch};
+        if to_write {
+            _mm_prefetch::<_MM_HINT_ET0>(host.cast());
+        } else {
+            _mm_prefetch::<_MM_HINT_T0>(host.cast());
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = host;
-}
-
-/// The same for memory that will be written, which other processors are to forget.
-#[inline]
-fn prefetch_to_write(host: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: as above.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(host.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = host;
+    let _ = (host, to_write);
 }
 
 /// Copies the descriptor at `host`.

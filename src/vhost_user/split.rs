@@ -97,8 +97,8 @@ impl SplitQueue {
     /// Tells the processor that the available index, and the entry `index`, will be wanted soon.
     #[inline]
     pub(super) fn prefetch_available(&self, index: u16) {
-        prefetch(self.available.host);
-        prefetch(self.available.host.wrapping_add(ENTRIES + 2 * self.slot(index)));
+        prefetch(self.available.host, false);
+        prefetch(self.available.host.wrapping_add(ENTRIES + 2 * self.slot(index)), false);
     }
 
     /// The head of the chain that was made available as number `index`.

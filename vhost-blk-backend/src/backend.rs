@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use colo::vhost_user::{FrontendChannel, Ring};
-use crossbeam_channel::RecvTimeoutError;
+use crossbeam_channel::{Receiver, RecvTimeoutError};
 use serde_json::Value;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
 
@@ -215,11 +215,7 @@ impl Backend {
 
     /// Changes what the device is. Returns when nothing of the old mode is in flight.
     pub(crate) fn set_mode(&self, mode: &Mode) {
-        // all at once, and then wait for all
-        let changes: Vec<_> = self.workers.iter().map(|worker| worker.set_mode(mode.clone())).collect();
-        for change in changes {
-            change.recv().expect("a worker only ends when it is told");
-        }
+        self.all(|worker| worker.set_mode(mode.clone()));
     }
 
     pub(crate) fn wakers(&self) -> Wakers {
@@ -296,7 +292,8 @@ impl Backend {
         if !self.shared.write_cache.choose(writeback) {
             return Ok(());
         }
-        self.drain();
+        // what was begun with a cache
+        self.all(Handle::drain);
         self.shared.image.sync().map_err(|error| {
             // as the frontend has it then
             self.shared.write_cache.choose(true);
@@ -305,11 +302,11 @@ impl Backend {
         })
     }
 
-    /// Waits until what is in flight now has ended.
-    fn drain(&self) {
-        let drained: Vec<_> = self.workers.iter().map(Handle::drain).collect();
-        for drained in drained {
-            drained.recv().expect("a worker only ends when it is told");
+    /// Has all workers begin something at once, and waits for all.
+    fn all(&self, begin: impl Fn(&Handle) -> Receiver<()>) {
+        let begun: Vec<_> = self.workers.iter().map(begin).collect();
+        for done in begun {
+            done.recv().expect("a worker only ends when it is told");
         }
     }
 

@@ -154,11 +154,10 @@ impl<'a, D: Device + ?Sized> Session<'a, D> {
     }
 
     fn tell_quiesced(&mut self) {
-        let vrings = self.vrings.iter();
-        let running = vrings.clone().any(|vring| vring.running);
+        let running = self.vrings.iter().any(|vring| vring.running);
         // one that waits for its memory will run again in a moment
         let protocol_features = self.has_feature(VhostUserVirtioFeatures::PROTOCOL_FEATURES);
-        let wanted = vrings.clone().any(|vring| vring.wanted(protocol_features));
+        let wanted = self.vrings.iter().any(|vring| vring.wanted(protocol_features));
         if !running && !wanted && std::mem::take(&mut self.was_running) {
             self.device.quiesced();
         }
