@@ -2,9 +2,11 @@
 
 pub mod blk;
 pub mod clock;
+pub mod command_line;
 mod cpu_time;
 mod driver;
 mod histogram;
+mod kernel_setting;
 pub mod net;
 pub mod others;
 pub mod priority;

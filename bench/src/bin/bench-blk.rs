@@ -11,10 +11,11 @@ use colo_bench::blk::cases::{self, Case, Kind};
 use colo_bench::blk::compare::Effort;
 use colo_bench::blk::contender::{Field, Setting};
 use colo_bench::blk::{self, Access, Connection, Disk, Interrupts, Load, Measured, Shape};
+use colo_bench::command_line::{Sides, run};
 use colo_bench::others::Others;
-use colo_bench::priority;
+
 use colo_bench::report::{self, Row};
-use colo_lab::{Run, end_on_signals, random};
+use colo_lab::{Run, random};
 
 const DISK_BYTES: u64 = 1 << 30;
 
@@ -39,24 +40,11 @@ struct Comparison {
     /// Only the cases whose name has all these words, such as 'tmpfs read'; may be given several times
     #[arg(long, value_name = "CASE")]
     only: Vec<String>,
-    /// How often each is measured, in turn
-    #[arg(long, default_value_t = 5, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
-    rounds: u16,
-    /// How long each time
-    #[arg(long, default_value_t = 0.6, value_name = "SECONDS")]
-    seconds: f64,
+    #[command(flatten)]
+    sides: Sides,
     /// A look only: one round of 0.2 seconds
     #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
     quick: bool,
-    /// The client's core
-    #[arg(long, default_value_t = 1, value_name = "CORE")]
-    client_core: usize,
-    /// The servers' core
-    #[arg(long, default_value_t = 0, value_name = "CORE")]
-    server_core: usize,
-    /// More arguments for vhost-blk-backend, to try them
-    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true, default_value = "")]
-    ours: String,
     /// Names of the cases, and nothing more
     #[arg(long)]
     list: bool,
@@ -115,20 +103,11 @@ struct One {
 }
 
 fn main() -> ExitCode {
-    end_on_signals();
     let arguments = Arguments::parse();
-    if !arguments.no_priority {
-        priority::take();
-    }
-    let result = match arguments.what {
-        Some(What::Load(one)) => load(&one),
+    run(arguments.no_priority, || match &arguments.what {
+        Some(What::Load(one)) => load(one),
         None => run_comparison(&arguments.comparison),
-    };
-    if let Err(error) = result {
-        eprintln!("FAILED: {error:#}");
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    })
 }
 
 fn run_comparison(options: &Comparison) -> Result<()> {
@@ -147,7 +126,7 @@ fn run_comparison(options: &Comparison) -> Result<()> {
     let effort = if options.quick {
         Effort { rounds: 1, duration: Duration::from_millis(200) }
     } else {
-        Effort { rounds: options.rounds.into(), duration: Duration::from_secs_f64(options.seconds) }
+        Effort { rounds: options.sides.rounds.into(), duration: options.sides.duration() }
     };
     let others = Others::watch()?;
     let rows = measure(options, &cases, effort)?;
@@ -160,7 +139,7 @@ fn run_comparison(options: &Comparison) -> Result<()> {
 fn measure(options: &Comparison, cases: &[Case], effort: Effort) -> Result<Vec<Row>> {
     let run = Run::begin()?;
     let namespace = run.add_namespace("bench")?;
-    let ours: Vec<String> = options.ours.split_whitespace().map(str::to_owned).collect();
+    let ours = options.sides.ours();
     let seed = random() >> 1;
     let mut rows = Vec::new();
     cases::print_heading();
@@ -176,7 +155,7 @@ fn measure(options: &Comparison, cases: &[Case], effort: Effort) -> Result<Vec<R
             Kind::Tmpfs => Some(Disk::create(Path::new("/dev/shm"), DISK_BYTES, false)?),
             Kind::Disk => Some(Disk::create(Path::new("/var/tmp"), DISK_BYTES, true)?),
         };
-        let (mut client_core, mut core) = (options.client_core, options.server_core);
+        let (mut client_core, mut core) = (options.sides.client_core, options.sides.server_core);
         if kind == Kind::Disk && Interrupts::now()?.busiest_core_since(&before) == Some(client_core) {
             (client_core, core) = (core, client_core);
             eprintln!(

@@ -1,23 +1,20 @@
 //! `make bench-net-device`: our network back end against DPDK's testpmd, side by side and in turn.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
+use colo_bench::command_line::{Sides, run};
 use colo_bench::net::{self, Card, Lan, Load, Measured, Way};
 use colo_bench::others::Others;
 use colo_bench::report::{self, Row, median};
-use colo_bench::{Place, Server, priority};
-use colo_lab::{Run, end_on_signals};
+use colo_bench::{Place, Server};
+use colo_lab::Run;
 
 /// Buffers in each queue.
 const DEPTH: u16 = 256;
-/// What testpmd's buffers take.
-const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
-const HUGE_PAGES_WANTED: u64 = 256;
-
 /// Compares vhost-net-backend with DPDK's testpmd (net_vhost): a guest that drives its rings itself on one core, the
 /// server on another, and no LAN.
 ///
@@ -37,21 +34,8 @@ struct Arguments {
 
 #[derive(Args)]
 struct Comparison {
-    /// How often each is measured, in turn
-    #[arg(long, default_value_t = 5, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
-    rounds: u16,
-    /// How long each time
-    #[arg(long, default_value_t = 0.6, value_name = "SECONDS")]
-    seconds: f64,
-    /// The client's core
-    #[arg(long, default_value_t = 1, value_name = "CORE")]
-    client_core: usize,
-    /// The servers' core
-    #[arg(long, default_value_t = 0, value_name = "CORE")]
-    server_core: usize,
-    /// More arguments for vhost-net-backend, to try them
-    #[arg(long, value_name = "ARGUMENTS", allow_hyphen_values = true, default_value = "")]
-    ours: String,
+    #[command(flatten)]
+    sides: Sides,
     /// Where the rows go, as JSON
     #[arg(long, default_value = "target/bench/net-device.json", value_name = "PATH")]
     json: PathBuf,
@@ -126,20 +110,11 @@ impl Case {
 }
 
 fn main() -> ExitCode {
-    end_on_signals();
     let arguments = Arguments::parse();
-    if !arguments.no_priority {
-        priority::take();
-    }
-    let result = match arguments.what {
-        Some(What::Load(one)) => load(&one),
+    run(arguments.no_priority, || match &arguments.what {
+        Some(What::Load(one)) => load(one),
         None => compare(&arguments.comparison),
-    };
-    if let Err(error) = result {
-        eprintln!("FAILED: {error:#}");
-        return ExitCode::FAILURE;
-    }
-    ExitCode::SUCCESS
+    })
 }
 
 fn load(one: &One) -> Result<()> {
@@ -157,29 +132,30 @@ fn load(one: &One) -> Result<()> {
 }
 
 fn compare(options: &Comparison) -> Result<()> {
+    let sides = &options.sides;
     let run = Run::begin()?;
     let namespace = run.add_namespace("bench")?;
     net::add_lan(&namespace)?;
-    let place = Place { namespace: &namespace, directory: run.directory(), core: options.server_core };
-    let more: Vec<String> = options.ours.split_whitespace().map(str::to_owned).collect();
-    let _pages = HugePages::reserve()?;
+    let place = Place { namespace: &namespace, directory: run.directory(), core: sides.server_core };
+    let more = sides.ours();
+    net::huge_pages::reserve()?;
     let others = Others::watch()?;
     let mut rows = Vec::new();
     for case in Case::all() {
         let (mut ours, mut theirs, mut bare) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..options.rounds {
+        for _ in 0..sides.rounds {
             let server = Server::our_card(place, case.lan, &more)?;
-            ours.push(measure(options, &case, &server).with_context(|| format!("ours, {}", case.name()))?);
+            ours.push(measure(sides, &case, &server).with_context(|| format!("ours, {}", case.name()))?);
             drop(server);
-            let server = Server::testpmd(place, options.client_core, case.lan)?;
+            let server = Server::testpmd(place, sides.client_core, case.lan)?;
             theirs.push(
-                measure(options, &case, &server)
+                measure(sides, &case, &server)
                     .with_context(|| format!("testpmd, {}: {}", case.name(), server.output()))?,
             );
             drop(server);
             if case.lan == Lan::Tap {
-                let duration = Duration::from_secs_f64(options.seconds);
-                bare.push(net::bare::write(&namespace, options.server_core, case.frame_bytes, duration)?);
+                let (core, duration) = (sides.server_core, sides.duration());
+                bare.push(net::bare::write(&namespace, core, case.frame_bytes, duration)?);
             }
         }
         let of = |all: &[Measured], figure: fn(&Measured) -> f64| {
@@ -206,13 +182,13 @@ fn compare(options: &Comparison) -> Result<()> {
     report::publish(&rows, busy, &options.json)
 }
 
-fn measure(options: &Comparison, case: &Case, server: &Server) -> Result<Measured> {
+fn measure(sides: &Sides, case: &Case, server: &Server) -> Result<Measured> {
     let mut card = Card::open(server.socket(), DEPTH)?;
     let load = Load {
         way: case.way,
         frame_bytes: case.frame_bytes,
-        core: options.client_core,
-        duration: Duration::from_secs_f64(options.seconds),
+        core: sides.client_core,
+        duration: sides.duration(),
     };
     let measured = net::load::run(&mut card, &load)?;
     // a guest that has gone; the server is ended as well
@@ -232,32 +208,4 @@ fn idle(place: Place<'_>, more: &[String]) -> Result<Row> {
     let percent = (server.cpu_time()? - before).as_secs_f64() / watched.as_secs_f64() * 100.0;
     card.close()?;
     Ok(Row::less_is_better("idle", "% CPU", percent, ("limit", 1.0), 1.0))
-}
-
-/// Huge pages for testpmd, as many as there were before when it ends.
-struct HugePages {
-    before: u64,
-}
-
-impl HugePages {
-    fn reserve() -> Result<Self> {
-        let path = Path::new(HUGE_PAGES);
-        let read = || -> Result<u64> {
-            std::fs::read_to_string(path).context(HUGE_PAGES)?.trim().parse().context(HUGE_PAGES)
-        };
-        let pages = Self { before: read()? };
-        std::fs::write(path, pages.before.max(HUGE_PAGES_WANTED).to_string()).context(HUGE_PAGES)?;
-        let have = read()?;
-        ensure!(
-            have >= HUGE_PAGES_WANTED,
-            "The system has {have} huge pages, {HUGE_PAGES_WANTED} are needed"
-        );
-        Ok(pages)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        drop(std::fs::write(HUGE_PAGES, self.before.to_string()));
-    }
 }

@@ -2,6 +2,7 @@
 
 pub mod bare;
 mod card;
+pub mod huge_pages;
 pub mod load;
 mod server;
 
