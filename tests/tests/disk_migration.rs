@@ -106,9 +106,7 @@ impl Known {
     const AT_MIB: usize = 112;
 
     fn write(disk: &Disk) -> Result<Self> {
-        let mut dice = Dice::new(1);
-        let words = Self::MIB << 20 >> 3;
-        let content: Vec<u8> = (0..words).flat_map(|_| dice.within(0..u64::MAX).to_ne_bytes()).collect();
+        let content = Dice::new(1).bytes(Self::MIB << 20);
         disk.write_raw(&content, (Self::AT_MIB << 20) as u64)?;
         let starts = (0..content.len()).step_by(PAGE_BYTES);
         let pages: HashMap<_, _> = starts.map(|at| (first_bytes(&content[at..]), at)).collect();

@@ -46,7 +46,7 @@ fn card(host: &Host, served: usize, pairs: usize, properties: &str) -> Result<Ca
         host.add_tap("tap0")?;
     }
     Ok(Card {
-        back_end: BackEnd::net(host, "card", "tap0", &["--queue-pairs", &served.to_string()])?,
+        back_end: BackEnd::net(host, "card", &["--tap", "tap0", "--queue-pairs", &served.to_string()])?,
         pairs,
         mac: MAC,
         address: GUEST,
@@ -107,18 +107,28 @@ impl World {
         }
     }
 
-    /// Sends data to a file of the guest, and gets it back.
-    fn exchange(&mut self, address: &str, port: u16, data: &[u8]) -> Result<()> {
-        self.guest.run(&format!("nc -l -p {port} >/tmp/in{port} & echo $! >/tmp/pid{port}"))?;
-        let mut stream = self.connect(address, port)?;
-        stream.write_all(data).context("To the guest")?;
-        stream.shutdown(Shutdown::Write)?;
-        self.guest.run(&format!("while kill -0 $(cat /tmp/pid{port}) 2>/dev/null; do usleep 10000; done"))?;
-        self.guest.run(&format!("nc -l -p {port} </tmp/in{port} >/dev/null &"))?;
+    /// Has the guest take what comes to a port, until the connection ends.
+    fn listen(&mut self, port: u16) -> Result<()> {
+        self.guest.run(&format!("nc -l -p {port} >/tmp/in & echo $! >/tmp/pid")).map(drop)
+    }
+
+    /// When the guest has taken all, that it is this.
+    fn ensure_taken(&mut self, address: &str, port: u16, data: &[u8]) -> Result<()> {
+        self.guest.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done")?;
+        self.guest.run(&format!("nc -l -p {port} </tmp/in >/dev/null &"))?;
         let mut back = Vec::new();
         self.connect(address, port)?.read_to_end(&mut back).context("From the guest")?;
         ensure!(back == data, "{} bytes came back of {}, or others", back.len(), data.len());
-        self.guest.run(&format!("rm /tmp/in{port}")).map(drop)
+        Ok(())
+    }
+
+    /// Sends data to the guest, and gets it back.
+    fn exchange(&mut self, address: &str, port: u16, data: &[u8]) -> Result<()> {
+        self.listen(port)?;
+        let mut stream = self.connect(address, port)?;
+        stream.write_all(data).context("To the guest")?;
+        stream.shutdown(Shutdown::Write)?;
+        self.ensure_taken(address, port, data)
     }
 
     fn end(mut self) -> Result<()> {
@@ -130,10 +140,8 @@ impl World {
     }
 }
 
-/// Data that no two places of which are the same.
 fn data(bytes: usize) -> Vec<u8> {
-    let mut dice = Dice::new(bytes as u64);
-    (0..bytes / 8).flat_map(|_| dice.within(0..u64::MAX).to_ne_bytes()).collect()
+    Dice::new(bytes as u64).bytes(bytes)
 }
 
 /// Which of virtio-net's features the guest has negotiated.
@@ -250,7 +258,7 @@ fn a_guest_shares_a_card_by_macvtap() -> Result<()> {
         host.namespace().ip("link set lan0 nomaster")?;
         host.namespace()
             .ip(&format!("link add link lan0 name mv0 address {MAC} type macvtap mode bridge"))?;
-        let back_end = BackEnd::net_with(host, "card", &["--macvtap", "mv0"])?;
+        let back_end = BackEnd::net(host, "card", &["--macvtap", "mv0"])?;
         Ok(Card { back_end, pairs: 1, mac: MAC, address: GUEST, properties: String::new() })
     })?;
     world.exchange(GUEST, 5000, &data(4 << 20))?;
@@ -260,7 +268,7 @@ fn a_guest_shares_a_card_by_macvtap() -> Result<()> {
 fn tcp_goes_on_when_the_back_end_was_killed() -> Result<()> {
     const KILLS: usize = 3;
     let mut world = World::boot(1, "")?;
-    world.guest.run("nc -l -p 5000 >/tmp/in & echo $! >/tmp/pid")?;
+    world.listen(5000)?;
     let mut stream = world.connect(GUEST, 5000)?;
     let data = data(24 << 20);
     let (pieces, dice) = (data.chunks(data.len() / (KILLS + 1)), &mut Dice::announced());
@@ -274,11 +282,7 @@ fn tcp_goes_on_when_the_back_end_was_killed() -> Result<()> {
         stream.write_all(piece).with_context(|| format!("Piece {number}"))?;
     }
     stream.shutdown(Shutdown::Write)?;
-    world.guest.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done")?;
-    world.guest.run("nc -l -p 5000 </tmp/in >/dev/null &")?;
-    let mut back = Vec::new();
-    world.connect(GUEST, 5000)?.read_to_end(&mut back)?;
-    ensure!(back == data, "{} bytes came back of {}, or others", back.len(), data.len());
+    world.ensure_taken(GUEST, 5000, &data)?;
     world.end()
 }
 
@@ -287,7 +291,7 @@ fn tcp_goes_on_when_the_back_end_was_killed() -> Result<()> {
 fn what_a_guest_has_received_migrates_with_it() -> Result<()> {
     let mut world = World::boot(1, "")?;
     world.guest.run("echo 4096 6291456 6291456 >/proc/sys/net/ipv4/tcp_rmem")?;
-    world.guest.run("nc -l -p 5000 >/tmp/in & echo $! >/tmp/pid")?;
+    world.listen(5000)?;
     let mut stream = world.connect(GUEST, 5000)?;
     // it has the connection, and does not read from here on
     stream.write_all(b"begin")?;
@@ -314,12 +318,7 @@ fn what_a_guest_has_received_migrates_with_it() -> Result<()> {
     world.guest.run("kill -CONT $(cat /tmp/pid)")?;
     stream.write_all(b"end")?;
     stream.shutdown(Shutdown::Write)?;
-    world.guest.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done")?;
-    world.guest.run("nc -l -p 5000 </tmp/in >/dev/null &")?;
-    let mut back = Vec::new();
-    world.connect(GUEST, 5000)?.read_to_end(&mut back)?;
-    let expected = [&b"begin"[..], &data, b"end"].concat();
-    ensure!(back == expected, "{} bytes came back of {}, or others", back.len(), expected.len());
+    world.ensure_taken(GUEST, 5000, &[&b"begin"[..], &data, b"end"].concat())?;
     world.end()
 }
 
@@ -332,7 +331,7 @@ fn a_thousand_guests_leave_nothing_behind() -> Result<()> {
     const RSS_KIB_SLACK: u64 = 1024;
     let lab = Lab::build()?;
     let host = lab.host(Side::A);
-    let mut back_end = BackEnd::net_with(host, "card", &["--null", "reflect", "--poll-us", "0"])?;
+    let mut back_end = BackEnd::net(host, "card", &["--null", "reflect", "--poll-us", "0"])?;
     let mut before = None;
     for round in 0..ROUNDS {
         let mut card = Frontend::open(back_end.socket(), 64).with_context(|| format!("Guest {round}"))?;

@@ -33,19 +33,11 @@ impl BackEnd {
         Self::start("vhost-blk-backend", host, name, &[&["--blk-file", &path], options].concat())
     }
 
-    /// Starts `vhost-net-backend` for a tap, with these further options; returns when it listens.
+    /// Starts `vhost-net-backend` with these options, which name its way to the LAN; returns when it listens.
     ///
     /// # Errors
     /// It ends at once.
-    pub fn net(host: &Host, name: &str, tap: &str, options: &[&str]) -> Result<Self> {
-        Self::start("vhost-net-backend", host, name, &[&["--tap", tap], options].concat())
-    }
-
-    /// Starts it with another way to the LAN, which the options name.
-    ///
-    /// # Errors
-    /// It ends at once.
-    pub fn net_with(host: &Host, name: &str, options: &[&str]) -> Result<Self> {
+    pub fn net(host: &Host, name: &str, options: &[&str]) -> Result<Self> {
         Self::start("vhost-net-backend", host, name, options)
     }
 

@@ -39,6 +39,11 @@ impl Dice {
         range.start + self.next() % (range.end - range.start)
     }
 
+    /// Data of which no two places are the same, a multiple of eight bytes.
+    pub fn bytes(&mut self, bytes: usize) -> Vec<u8> {
+        (0..bytes / 8).flat_map(|_| self.next().to_ne_bytes()).collect()
+    }
+
     /// One of several.
     ///
     /// # Panics

@@ -238,27 +238,35 @@ fn begin_in_pieces(guest: &mut Guest, kind: u32, sector: u64, bytes: [u32; 2]) -
     })
 }
 
+/// Two pieces of a transfer that is cut short, and all of their bytes.
+const PIECES: [u32; 2] = [3072, 40960];
+const PIECES_BYTES: usize = (PIECES[0] + PIECES[1]) as usize;
+
+/// Reads what is at sector 24 in two pieces: each is filled, and nothing between them.
+fn read_in_pieces(guest: &mut Guest, data: &[u8], case: &str) {
+    let (first, second) = data.split_at(PIECES[0] as usize);
+    guest.set_data(guest.next_slot(), &vec![0xaa; data.len() + 512]);
+    let slot = begin_in_pieces(guest, IN, 24, PIECES);
+    assert_eq!(guest.await_ended(), Ended { slot, status: OK, used: data.len() as u32 + 1 }, "{case}");
+    let read = guest.data(slot, data.len() + 512);
+    assert!(read == [first, &[0xaa; 512], second].concat(), "{case}");
+}
+
 #[test]
 fn short_writes_are_continued_to_the_end() {
     let Some(disk) = FaultyDisk::mount(DISK_BYTES) else { return };
     let mut guest = served(&disk);
-    let pieces = [3072u32, 40960];
-    let total = pieces.iter().sum::<u32>() as usize;
     for (seed, most) in [(5, 512), (6, 1000), (7, 4096), (8, 7777)] {
         disk.shorten_writes(Some(most));
-        let data = pattern(seed, total);
-        let (first, second) = data.split_at(pieces[0] as usize);
+        let (case, data) = (format!("by {most}"), pattern(seed, PIECES_BYTES));
+        let (first, second) = data.split_at(PIECES[0] as usize);
         let before = disk.requests();
         let laid_out = [first, &[0; 512], second].concat();
         guest.set_data(guest.next_slot(), &laid_out);
-        assert_eq!(status(&mut guest, |guest| begin_in_pieces(guest, OUT, 24, pieces)), OK, "by {most}");
-        assert_eq!(disk.content(24 * 512, total), data, "by {most}");
-        guest.set_data(guest.next_slot(), &vec![0xaa; total + 512]);
-        let slot = begin_in_pieces(&mut guest, IN, 24, pieces);
-        assert_eq!(guest.await_ended(), Ended { slot, status: OK, used: total as u32 + 1 }, "by {most}");
-        let read = guest.data(slot, total + 512);
-        assert!(read == [first, &[0xaa; 512], second].concat(), "by {most}");
-        assert!(disk.requests() - before >= total.div_ceil(most) as u64, "nothing was short");
+        assert_eq!(status(&mut guest, |guest| begin_in_pieces(guest, OUT, 24, PIECES)), OK, "{case}");
+        assert_eq!(disk.content(24 * 512, PIECES_BYTES), data, "{case}");
+        read_in_pieces(&mut guest, &data, &case);
+        assert!(disk.requests() - before >= PIECES_BYTES.div_ceil(most) as u64, "nothing was short");
     }
 }
 
@@ -267,20 +275,13 @@ fn short_reads_are_continued_to_the_end() {
     let Some(disk) = FaultyDisk::mount(DISK_BYTES) else { return };
     let Some((_overlay, path)) = disk.overlay() else { return };
     let mut guest = reader(&path);
-    let pieces = [3072u32, 40960];
-    let total = pieces.iter().sum::<u32>() as usize;
     for (seed, most) in [(5, 512), (6, 1000), (7, 4096), (8, 7777)] {
         disk.shorten_reads(Some(most));
-        let data = pattern(seed, total);
+        let data = pattern(seed, PIECES_BYTES);
         disk.set_content(24 * 512, &data);
-        let (first, second) = data.split_at(pieces[0] as usize);
         let before = disk.requests();
-        guest.set_data(guest.next_slot(), &vec![0xaa; total + 512]);
-        let slot = begin_in_pieces(&mut guest, IN, 24, pieces);
-        assert_eq!(guest.await_ended(), Ended { slot, status: OK, used: total as u32 + 1 }, "by {most}");
-        let read = guest.data(slot, total + 512);
-        assert!(read == [first, &[0xaa; 512], second].concat(), "by {most}");
-        assert!(disk.requests() - before >= total.div_ceil(most) as u64, "nothing was short");
+        read_in_pieces(&mut guest, &data, &format!("by {most}"));
+        assert!(disk.requests() - before >= PIECES_BYTES.div_ceil(most) as u64, "nothing was short");
     }
 }
 
