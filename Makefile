@@ -52,7 +52,7 @@ bench-blk: deps build
 	@target/release/bench-blk
 
 bench-net-device: deps build
-	@tuning/install-deps.sh dpdk-dev librte-net-vhost23 librte-net-tap23 librte-mempool-ring23
+	@tuning/install-deps.sh dpdk-dev librte-net-vhost23 librte-net-tap23 librte-net-virtio23 librte-mempool-ring23
 	@target/release/bench-net-device
 
 fuzz:

@@ -3,15 +3,21 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use colo_lab::end_on_signals;
 
 use crate::priority;
 
-/// How two sides are measured.
+/// What of two sides is measured, and how.
 #[derive(Args, Debug)]
 pub struct Sides {
+    /// Only the cases whose name has all these words; may be given several times
+    #[arg(long, value_name = "CASE")]
+    only: Vec<String>,
+    /// Names of the cases, and nothing more
+    #[arg(long)]
+    pub list: bool,
     /// How often each is measured, in turn
     #[arg(long, default_value_t = 5, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..))]
     pub rounds: u16,
@@ -30,6 +36,25 @@ pub struct Sides {
 }
 
 impl Sides {
+    /// Those of the cases that are wanted.
+    ///
+    /// # Errors
+    /// None of them is.
+    pub fn choose<C>(
+        &self,
+        cases: impl IntoIterator<Item = C>,
+        name: impl Fn(&C) -> String,
+    ) -> Result<Vec<C>> {
+        let wanted = |case: &C| {
+            let name = name(case);
+            let has = |word| name.split([' ', ',']).any(|have| have == word);
+            self.only.is_empty() || self.only.iter().any(|only| only.split_whitespace().all(has))
+        };
+        let chosen: Vec<C> = cases.into_iter().filter(wanted).collect();
+        ensure!(!chosen.is_empty(), "No case is called {:?}: --list names them", self.only);
+        Ok(chosen)
+    }
+
     /// How long each is measured each time.
     pub fn duration(&self) -> Duration {
         Duration::from_secs_f64(self.seconds)

@@ -34,6 +34,8 @@ impl Server {
     /// It does not.
     pub(crate) fn start(place: Place<'_>, command: Command, socket: PathBuf, name: &str) -> Result<Self> {
         let log = place.directory.join(format!("{name}.log"));
+        // what an earlier one has said
+        drop(std::fs::remove_file(&log));
         let mut process = Process::start(place.namespace, command, &log)?;
         process.until("its socket", Duration::from_secs(10), || socket.exists().then_some(()))?;
         Ok(Self { process, socket })
@@ -42,6 +44,16 @@ impl Server {
     /// Where it waits for a frontend.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Waits until it has said this.
+    ///
+    /// # Errors
+    /// It does not, or ends.
+    pub(crate) fn await_output(&mut self, text: &str) -> Result<()> {
+        let log = self.process.log().to_owned();
+        let said = || std::fs::read(&log).is_ok_and(|all| String::from_utf8_lossy(&all).contains(text));
+        self.process.until(text, Duration::from_secs(10), || said().then_some(()))
     }
 
     /// What it has said.

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the test guest out of Debian packages: a kernel and an initramfs with redis, httpd and guest-agent.
+# Makes the test guest out of Debian packages: a kernel and an initramfs with redis, httpd, iperf3 and guest-agent.
 #
 #   mkguest.sh GUEST-AGENT [DIRECTORY]        (DIRECTORY: .cache/guest of the work tree)
 #
@@ -19,7 +19,7 @@ kernel=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null |
     sed -n 's/^ *Depends: \(linux-image-[0-9].*-cloud-amd64\)$/\1/p' | head -n 1)
 [ -n "$kernel" ] || fail "apt knows no package linux-image-cloud-amd64: run 'apt-get update'"
 kernel_version=$(apt-cache policy "$kernel" | sed -n 's/^ *Candidate: //p')
-packages=$(dpkg-query -W -f '${Package} ${Version}\n' redis-tools busybox-static libc6) ||
+packages=$(dpkg-query -W -f '${Package} ${Version}\n' redis-tools busybox-static iperf3 libc6) ||
     fail "packages are missing: run tuning/install-deps.sh"
 key=$( (echo "$kernel $kernel_version"; echo "$packages"
     cat "$here"/mkguest.sh "$here"/init "$here"/unmount "$here"/reboot "$here"/redis.conf "$agent") |
@@ -69,6 +69,7 @@ cp "$(dpkg-query -L busybox-static | grep -x '.*/bin/busybox')" "$root/bin/busyb
 ln -s busybox "$root/bin/sh"
 # redis-server and redis-check-rdb are one program in Debian, and redis-tools holds it: no service is installed here
 put /usr/bin/redis-check-rdb redis-server
+put /usr/bin/iperf3 iperf3
 put "$agent" guest-agent
 cp "$here/init" "$root/init"
 cp "$here/unmount" "$here/reboot" "$here/redis.conf" "$root/etc/"

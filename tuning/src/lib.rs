@@ -15,6 +15,7 @@ mod dice;
 mod disk_guest;
 mod guest;
 mod host;
+mod iperf;
 mod migration;
 mod namespace;
 
@@ -41,11 +42,12 @@ pub use dice::{Dice, random};
 pub use disk_guest::{Card, DiskGuest, DiskGuestImage};
 pub use guest::{Disk, GuestImage};
 pub use host::{Host, Side};
+pub use iperf::{Flow, iperf3};
 pub use migration::Migration;
 pub use namespace::Namespace;
 
 pub use pair::{Pair, PairOptions, Status, VM, configuration};
-pub use ping::{Ping, PingResult};
+pub use ping::{Ping, PingResult, round_trip};
 pub use process::Process;
 pub use programs::{missing, program};
 pub use redis::{Redis, RedisLoad, RedisProgress, Reply};

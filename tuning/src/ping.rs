@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{GUEST, Lab, Process};
+use crate::{GUEST, Lab, Namespace, Process};
 
 /// A running `ping`, ten times a second.
 #[derive(Debug)]
@@ -50,6 +50,26 @@ impl Ping {
     }
 }
 
+/// The median time of `count` echo requests from inside `namespace`, one every two milliseconds.
+///
+/// # Errors
+/// There is no `ping`, or not all are answered.
+pub fn round_trip(namespace: &Namespace, address: &str, count: usize) -> Result<Duration> {
+    let mut command = Command::new("ping");
+    command.args(["-n", "-i", "0.002", "-c", &count.to_string(), address]).env("LC_ALL", "C");
+    let output = namespace.run(|| command.output())?.context("Cannot run ping: install iputils-ping")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mut times = times(&text);
+    ensure!(times.len() == count, "{} replies of {count} have come:\n{text}", times.len());
+    times.sort_unstable();
+    Ok(times[count / 2])
+}
+
+fn times(output: &str) -> Vec<Duration> {
+    let time = |line: &str| line.split_once("time=")?.1.split(' ').next()?.parse::<f64>().ok();
+    output.lines().filter_map(time).map(|ms| Duration::from_secs_f64(ms / 1e3)).collect()
+}
+
 fn parse(output: &str) -> Result<PingResult> {
     let summary = output
         .lines()
@@ -77,6 +97,12 @@ fn parse(output: &str) -> Result<PingResult> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_read() {
+        let output = "64 bytes from 10.0.0.1: icmp_seq=1 ttl=64 time=0.250 ms\nnothing\n";
+        assert_eq!(times(output), [Duration::from_micros(250)]);
+    }
 
     #[test]
     fn the_summary_is_read_with_and_without_duplicates() {

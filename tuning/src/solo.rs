@@ -50,7 +50,7 @@ impl Solo {
             .arg(&image.kernel)
             .arg("-initrd")
             .arg(&image.initrd)
-            .args(["-append", &image.append(address), "-serial"])
+            .args(["-append", &format!("{} colo.iperf=yes", image.append(address)), "-serial"])
             .arg(format!("file:{}", file("solo-serial.log").display()));
         match devices {
             Devices::Ours => {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
 use colo_bench::Place;
 use colo_bench::blk::cases::{self, Case, Kind};
@@ -37,17 +37,11 @@ struct Arguments {
 
 #[derive(Args)]
 struct Comparison {
-    /// Only the cases whose name has all these words, such as 'tmpfs read'; may be given several times
-    #[arg(long, value_name = "CASE")]
-    only: Vec<String>,
     #[command(flatten)]
     sides: Sides,
     /// A look only: one round of 0.2 seconds
     #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
     quick: bool,
-    /// Names of the cases, and nothing more
-    #[arg(long)]
-    list: bool,
     /// Where the rows go, as JSON
     #[arg(long, default_value = "target/bench/blk.json", value_name = "PATH")]
     json: PathBuf,
@@ -111,18 +105,11 @@ fn main() -> ExitCode {
 }
 
 fn run_comparison(options: &Comparison) -> Result<()> {
-    let wanted = |case: &Case| {
-        let name = case.name();
-        let words =
-            |only: &String| only.split_whitespace().all(|word| name.split(' ').any(|have| have == word));
-        options.only.is_empty() || options.only.iter().any(words)
-    };
-    let cases: Vec<Case> = Kind::ALL.into_iter().flat_map(Case::of).filter(wanted).collect();
-    if options.list {
+    let cases = options.sides.choose(Kind::ALL.into_iter().flat_map(Case::of), Case::name)?;
+    if options.sides.list {
         cases.iter().for_each(|case| println!("{}", case.name()));
         return Ok(());
     }
-    ensure!(!cases.is_empty(), "No case is called {:?}: 'bench-blk --list' names them", options.only);
     let effort = if options.quick {
         Effort { rounds: 1, duration: Duration::from_millis(200) }
     } else {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use colo_bench::command_line::{Sides, run};
-use colo_bench::net::{self, Card, Lan, Load, Measured, Way};
+use colo_bench::net::{self, Card, Lan, Load, Measured, Way, guest};
 use colo_bench::others::Others;
 use colo_bench::report::{self, Row, median};
 use colo_bench::{Place, Server};
@@ -16,10 +16,10 @@ use colo_lab::Run;
 /// Buffers in each queue.
 const DEPTH: u16 = 256;
 /// Compares vhost-net-backend with DPDK's testpmd (net_vhost): a guest that drives its rings itself on one core, the
-/// server on another, and no LAN.
+/// server on another; with loops of system calls where a tap is behind it; and with QEMU's own tap, under a guest of QEMU.
 ///
-/// Needs root, two cores, 512 MiB for huge pages and Debian's dpdk-dev with librte-net-vhost23, librte-net-tap23 and
-/// librte-mempool-ring23.
+/// Needs root, two cores, 512 MiB for huge pages and Debian's dpdk-dev with librte-net-vhost23, librte-net-tap23,
+/// librte-net-virtio23 and librte-mempool-ring23.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]
 struct Arguments {
@@ -69,43 +69,104 @@ struct One {
     seconds: f64,
 }
 
-/// One comparison.
+/// A line of the comparison.
+enum Item {
+    Device(Case),
+    Guest(guest::Work),
+}
+
+impl Item {
+    fn name(&self) -> String {
+        match self {
+            Self::Device(case) => case.name(),
+            Self::Guest(work) => work.name(),
+        }
+    }
+}
+
+/// What of a device is measured.
+#[derive(Clone, Copy, PartialEq)]
+enum Work {
+    /// Our frontend loads a server.
+    Load(Way, Lan),
+    /// DPDK's frontend does.
+    Frontend(Way, Lan),
+    /// Frames that wait in a tap are taken.
+    Drain,
+    /// The kernel answers ICMP echo requests.
+    Ping,
+}
+
+/// One comparison of devices.
 struct Case {
-    way: Way,
-    lan: Lan,
+    work: Work,
     frame_bytes: usize,
-    target: f64,
 }
 
 impl Case {
     fn all() -> Vec<Self> {
         let mut cases = Vec::new();
-        for frame_bytes in [64, 1514] {
-            for (way, lan) in [
-                (Way::Transmit, Lan::Drop),
-                (Way::Receive, Lan::Generate(frame_bytes)),
-                (Way::Forward, Lan::Reflect),
-            ] {
-                cases.push(Self { way, lan, frame_bytes, target: 0.8 });
-            }
-        }
-        for frame_bytes in [64, 1514] {
-            cases.push(Self { way: Way::Transmit, lan: Lan::Tap, frame_bytes, target: 2.0 });
-        }
-        // the time may be 1.2 of the peer's
-        cases.push(Self { way: Way::RoundTrip, lan: Lan::Reflect, frame_bytes: 64, target: 1.0 / 1.2 });
+        let mut add = |work: fn(usize) -> Work| {
+            cases.extend([64, 1514].map(|frame_bytes| Self { work: work(frame_bytes), frame_bytes }));
+        };
+        add(|_| Work::Load(Way::Transmit, Lan::Drop));
+        add(|bytes| Work::Load(Way::Receive, Lan::Generate(bytes)));
+        add(|_| Work::Load(Way::Forward, Lan::Reflect));
+        add(|_| Work::Frontend(Way::Transmit, Lan::Drop));
+        add(|bytes| Work::Frontend(Way::Receive, Lan::Generate(bytes)));
+        add(|_| Work::Load(Way::Transmit, Lan::Tap));
+        add(|_| Work::Drain);
+        cases.push(Self { work: Work::Load(Way::RoundTrip, Lan::Reflect), frame_bytes: 64 });
+        cases.push(Self { work: Work::Ping, frame_bytes: 98 });
         cases
     }
 
     fn name(&self) -> String {
-        let way = match self.way {
-            Way::Transmit if self.lan == Lan::Tap => "guest to tap",
-            Way::Transmit => "guest to back end",
-            Way::Receive => "back end to guest",
-            Way::Forward => "there and back",
-            Way::RoundTrip => "one frame there and back",
+        let what = match self.work {
+            Work::Load(Way::Transmit, Lan::Tap) => "guest to tap",
+            Work::Load(Way::Transmit, _) => "guest to back end",
+            Work::Load(Way::Receive, _) => "back end to guest",
+            Work::Load(Way::Forward, _) => "there and back",
+            Work::Load(Way::RoundTrip, _) => "one frame there and back",
+            Work::Frontend(Way::Transmit, _) => "DPDK's frontend to back end",
+            Work::Frontend(..) => "back end to DPDK's frontend",
+            Work::Drain => "tap to guest",
+            Work::Ping => "ICMP echo by a tap",
         };
-        format!("{way}, {} B", self.frame_bytes)
+        format!("{what}, {} B", self.frame_bytes)
+    }
+
+    fn lan(&self) -> Lan {
+        match self.work {
+            Work::Load(_, lan) | Work::Frontend(_, lan) => lan,
+            Work::Drain => Lan::Tap,
+            Work::Ping => Lan::Host,
+        }
+    }
+
+    /// Whether the figure is a time, in microseconds.
+    fn is_time(&self) -> bool {
+        matches!(self.work, Work::Load(Way::RoundTrip, _) | Work::Ping)
+    }
+
+    /// What of testpmd it is compared with, and the target.
+    fn testpmd(&self) -> Option<(&'static str, f64)> {
+        match self.work {
+            Work::Drain => None,
+            Work::Load(Way::Transmit, Lan::Tap) => Some(("testpmd net_tap", 2.0)),
+            Work::Ping => Some(("testpmd net_tap", 1.0 / 0.8)),
+            Work::Load(Way::RoundTrip, _) => Some(("testpmd net_vhost", 1.0 / 1.2)),
+            Work::Load(..) | Work::Frontend(..) => Some(("testpmd net_vhost", 0.8)),
+        }
+    }
+
+    /// Which loop of system calls it is compared with, and the target.
+    fn bare(&self) -> Option<(&'static str, f64)> {
+        match self.work {
+            Work::Load(Way::Transmit, Lan::Tap) => Some(("bare loop of writes", 0.9)),
+            Work::Drain => Some(("bare loop of reads", 0.9)),
+            _ => None,
+        }
     }
 }
 
@@ -133,67 +194,101 @@ fn load(one: &One) -> Result<()> {
 
 fn compare(options: &Comparison) -> Result<()> {
     let sides = &options.sides;
+    let all = Case::all().into_iter().map(Item::Device).chain(guest::Work::ALL.map(Item::Guest));
+    let chosen = sides.choose(all, Item::name)?;
+    if sides.list {
+        chosen.iter().for_each(|item| println!("{}", item.name()));
+        return Ok(());
+    }
+    let (mut cases, mut works) = (Vec::new(), Vec::new());
+    for item in chosen {
+        match item {
+            Item::Device(case) => cases.push(case),
+            Item::Guest(work) => works.push(work),
+        }
+    }
+    let others = Others::watch()?;
+    let mut rows = devices(sides, &cases)?;
+    if !works.is_empty() {
+        // iperf3 knows whole seconds
+        let duration = sides.duration().max(Duration::from_secs(2));
+        rows.extend(guest::compare(&works, sides.rounds, duration)?);
+    }
+    let busy = others.busy_cores()?;
+    report::publish(&rows, busy, &options.json)
+}
+
+fn devices(sides: &Sides, cases: &[Case]) -> Result<Vec<Row>> {
     let run = Run::begin()?;
     let namespace = run.add_namespace("bench")?;
     net::add_lan(&namespace)?;
     let place = Place { namespace: &namespace, directory: run.directory(), core: sides.server_core };
     let more = sides.ours();
     net::huge_pages::reserve()?;
-    let others = Others::watch()?;
     let mut rows = Vec::new();
-    for case in Case::all() {
-        let (mut ours, mut theirs, mut bare) = (Vec::new(), Vec::new(), Vec::new());
+    for case in cases {
+        let (mut ours, mut testpmd, mut bare) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..sides.rounds {
-            let server = Server::our_card(place, case.lan, &more)?;
-            ours.push(measure(sides, &case, &server).with_context(|| format!("ours, {}", case.name()))?);
+            let server = Server::our_card(place, case.lan(), &more)?;
+            ours.push(measure(place, sides, case, &server)?);
             drop(server);
-            let server = Server::testpmd(place, sides.client_core, case.lan)?;
-            theirs.push(
-                measure(sides, &case, &server)
-                    .with_context(|| format!("testpmd, {}: {}", case.name(), server.output()))?,
-            );
-            drop(server);
-            if case.lan == Lan::Tap {
-                let (core, duration) = (sides.server_core, sides.duration());
-                bare.push(net::bare::write(&namespace, core, case.frame_bytes, duration)?);
+            if case.testpmd().is_some() {
+                let server = Server::testpmd(place, sides.client_core, case.lan())?;
+                testpmd.push(measure(place, sides, case, &server)?);
+            }
+            if case.bare().is_some() {
+                bare.push(measure_bare(place, sides, case)?);
             }
         }
-        let of = |all: &[Measured], figure: fn(&Measured) -> f64| {
-            median(&all.iter().map(figure).collect::<Vec<_>>())
-        };
-        let name = case.name();
-        let row = if case.way == Way::RoundTrip {
-            let time = |all| of(all, |measured: &Measured| measured.p50_us);
-            Row::less_is_better(&name, "us", time(&ours), ("testpmd net_vhost", time(&theirs)), case.target)
-        } else {
-            let rate = |all| of(all, |measured: &Measured| measured.frames_per_s);
-            let peer = if case.lan == Lan::Tap { "testpmd net_tap" } else { "testpmd net_vhost" };
-            Row::more_is_better(&name, "frames/s", rate(&ours), (peer, rate(&theirs)), case.target)
-        };
-        if !bare.is_empty() {
-            let peer = ("bare loop of writes", median(&bare));
-            rows.push(Row::more_is_better(&name, "frames/s", row.ours, peer, 0.9));
+        for (peer, figures) in [(case.testpmd(), testpmd), (case.bare(), bare)] {
+            let Some((peer, target)) = peer else { continue };
+            let (ours, peer) = (median(&ours), (peer, median(&figures)));
+            let row = if case.is_time() {
+                Row::less_is_better(&case.name(), "us", ours, peer, target)
+            } else {
+                Row::more_is_better(&case.name(), "frames/s", ours, peer, target)
+            };
+            eprintln!("{}, {}: {:.2}", row.case, row.peer_name, row.ratio);
+            rows.push(row);
         }
-        eprintln!("{name}: {:.2}", row.ratio);
-        rows.push(row);
     }
     rows.push(idle(place, &more)?);
-    let busy = others.busy_cores()?;
-    report::publish(&rows, busy, &options.json)
+    Ok(rows)
 }
 
-fn measure(sides: &Sides, case: &Case, server: &Server) -> Result<Measured> {
-    let mut card = Card::open(server.socket(), DEPTH)?;
-    let load = Load {
-        way: case.way,
-        frame_bytes: case.frame_bytes,
-        core: sides.client_core,
-        duration: sides.duration(),
+/// One figure of a server that has just been started, and is ended afterwards.
+fn measure(place: Place<'_>, sides: &Sides, case: &Case, server: &Server) -> Result<f64> {
+    let (core, duration) = (sides.client_core, sides.duration());
+    let Case { work, frame_bytes } = *case;
+    let measured = || -> Result<f64> {
+        if let Work::Frontend(way, _) = work {
+            return net::frontend(place, core, server.socket(), way, frame_bytes);
+        }
+        let mut card = Card::open(server.socket(), DEPTH)?;
+        Ok(match work {
+            Work::Load(way, _) => {
+                let load = Load { way, frame_bytes, core, duration };
+                let Measured { frames_per_s, p50_us, .. } = net::load::run(&mut card, &load)?;
+                if case.is_time() { p50_us } else { frames_per_s }
+            }
+            Work::Drain => net::drain::device(&mut card, place.namespace, core, frame_bytes, duration)?,
+            Work::Ping => net::ping::run(&mut card, core, duration)?.p50_us,
+            Work::Frontend(..) => unreachable!("it has no card of ours"),
+        })
     };
-    let measured = net::load::run(&mut card, &load)?;
-    // a guest that has gone; the server is ended as well
-    drop(card);
-    Ok(measured)
+    measured().with_context(|| format!("{}: {}", case.name(), server.output()))
+}
+
+/// One figure of the system calls alone.
+fn measure_bare(place: Place<'_>, sides: &Sides, case: &Case) -> Result<f64> {
+    let duration = sides.duration();
+    match case.work {
+        Work::Drain => {
+            let cores = (sides.client_core, sides.server_core);
+            net::drain::bare(place.namespace, cores, case.frame_bytes, duration)
+        }
+        _ => net::bare::write(place.namespace, sides.server_core, case.frame_bytes, duration),
+    }
 }
 
 /// What our back end costs when nothing passes.

@@ -3,12 +3,12 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, ensure};
 use colo_lab::Namespace;
-use core_affinity::CoreId;
 use vhost_net_backend::lan::{Tap, TapOptions};
 
-use super::card::HEADER_BYTES;
+use super::card::{ETHERNET_BYTES, FROM_GUEST, HEADER_BYTES};
+use super::load::on_core;
 use super::server::TAP;
 
 /// Frames between two looks at the clock, each in a buffer of its own: as many as a guest's queue has.
@@ -21,14 +21,11 @@ const STRIDE: usize = 2048;
 /// There is no tap, or it takes nothing.
 pub fn write(namespace: &Namespace, core: usize, frame_bytes: usize, duration: Duration) -> Result<f64> {
     let work = || -> Result<f64> {
-        ensure!(core_affinity::set_for_current(CoreId { id: core }), "Core {core} is not ours");
         let taps = Tap::open(TAP, TapOptions { queues: 1, headers: true })?;
         let tap = taps.first().context("One queue")?;
         let mut buffers = vec![0; BUFFERS * STRIDE];
         for frame in buffers.chunks_mut(STRIDE) {
-            // the same addresses and type as those of the guest that is no VM
-            frame[HEADER_BYTES..][..14]
-                .copy_from_slice(&[0x52, 0x54, 0, 0, 0, 1, 0x52, 0x54, 0, 0, 0, 2, 0x88, 0xb5]);
+            frame[HEADER_BYTES..][..ETHERNET_BYTES].copy_from_slice(&FROM_GUEST);
         }
         let (began, mut written) = (Instant::now(), 0u64);
         while began.elapsed() < duration {
@@ -40,8 +37,5 @@ pub fn write(namespace: &Namespace, core: usize, frame_bytes: usize, duration: D
         #[expect(clippy::cast_precision_loss, reason = "frames of one run")]
         Ok(written as f64 / began.elapsed().as_secs_f64())
     };
-    // a thread of its own, which the core is for
-    namespace.run(|| {
-        std::thread::scope(|scope| scope.spawn(work).join().map_err(|_| anyhow!("The loop panicked"))?)
-    })?
+    namespace.run(|| on_core(core, work))?
 }

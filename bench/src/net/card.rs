@@ -13,10 +13,21 @@ use crate::driver::{self, Descriptor, Memory, Notifiers, Place, Ring, WRITABLE};
 
 /// The header of virtio 1.0 (virtio 1.2 §5.1.6).
 pub(super) const HEADER_BYTES: usize = 12;
+/// Addresses and type of a frame: of the type for experiments (IEEE 802, 0x88b5) between a guest that is no VM and the
+/// other end.
+pub(super) const ETHERNET_BYTES: usize = 14;
+pub(super) const FROM_GUEST: [u8; ETHERNET_BYTES] =
+    [0x52, 0x54, 0, 0, 0, 1, 0x52, 0x54, 0, 0, 0, 2, 0x88, 0xb5];
+const FROM_GUEST_WORDS: [u64; 2] = {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = FROM_GUEST;
+    [u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, 0, 0])]
+};
+pub(super) const TO_GUEST: [u8; ETHERNET_BYTES] =
+    [0x52, 0x54, 0, 0, 0, 2, 0x52, 0x54, 0, 0, 0, 1, 0x88, 0xb5];
 /// A buffer's place: room for the longest frame of Ethernet.
 const STRIDE: usize = 2048;
 /// The longest frame that fits.
-const FRAME_BYTES_MAX: usize = STRIDE - HEADER_BYTES;
+pub(super) const FRAME_BYTES_MAX: usize = STRIDE - HEADER_BYTES;
 
 /// One queue with its buffers.
 #[derive(Debug)]
@@ -63,8 +74,7 @@ impl Queue {
     pub(super) fn write_frame(&mut self, slot: u16, number: u64) {
         debug_assert!(!self.ring.is_in_flight(slot));
         let frame = self.frame(slot).cast::<u64>();
-        // from 52:54:00:00:00:02 to :01, of the type for experiments (IEEE 802, 0x88b5)
-        let [head, rest] = [0x5452_0100_0000_5452, 0x0000_b588_0200_0000_u64];
+        let [head, rest] = FROM_GUEST_WORDS;
         // SAFETY: 24 bytes of the slot's buffer, which is longer and lies at a multiple of four; the device has no request
         // with it.
         unsafe {
@@ -72,6 +82,23 @@ impl Queue {
             frame.add(1).write_unaligned(rest);
             frame.add(2).write_unaligned(number);
         }
+    }
+
+    /// Writes a whole frame into a slot's buffer.
+    #[inline]
+    pub(super) fn write_bytes(&mut self, slot: u16, bytes: &[u8]) {
+        assert!(bytes.len() <= FRAME_BYTES_MAX);
+        debug_assert!(!self.ring.is_in_flight(slot));
+        // SAFETY: as many bytes of the slot's buffer as there are; the device has no request with it.
+        unsafe { self.frame(slot).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+
+    /// A byte of a slot's frame.
+    #[inline]
+    pub(super) fn byte(&self, slot: u16, at: usize) -> u8 {
+        assert!(at < FRAME_BYTES_MAX);
+        // SAFETY: inside the slot's buffer; the device has ended its request.
+        unsafe { self.frame(slot).add(at).read() }
     }
 
     /// Reads the beginning of a slot's frame, as a driver's stack does.

@@ -13,9 +13,9 @@ use crate::clock::{ticks, ticks_in, ticks_per_nanosecond};
 use crate::driver::BATCH;
 
 /// How long the load runs before it is measured.
-const WARM_UP: Duration = Duration::from_millis(100);
+pub(super) const WARM_UP: Duration = Duration::from_millis(100);
 /// How long to wait for a frame before the server is given up.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Which way frames go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,14 +73,24 @@ pub struct Measured {
 /// # Errors
 /// Frames do not arrive, or the device breaks a ring.
 pub fn run(card: &mut Card, load: &Load) -> Result<Measured> {
-    // a thread of its own, which the core is for
-    std::thread::scope(|scope| {
-        scope.spawn(|| work(card, load)).join().map_err(|_| anyhow!("The load panicked"))?
-    })
+    on_core(load.core, || work(card, load))
+}
+
+/// Does work on a thread of its own, on this core.
+pub(super) fn on_core<T: Send>(core: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    let pinned = || {
+        pin(core)?;
+        work()
+    };
+    std::thread::scope(|scope| scope.spawn(pinned).join().map_err(|_| anyhow!("The load panicked"))?)
+}
+
+pub(super) fn pin(core: usize) -> Result<()> {
+    ensure!(core_affinity::set_for_current(CoreId { id: core }), "Core {core} is not ours");
+    Ok(())
 }
 
 fn work(card: &mut Card, load: &Load) -> Result<Measured> {
-    ensure!(core_affinity::set_for_current(CoreId { id: load.core }), "Core {} is not ours", load.core);
     // not in the time that is measured
     ticks_per_nanosecond();
     let mut client = Client { card, way: load.way, number: 0, latencies: Histogram::default() };
@@ -126,11 +136,11 @@ impl Client<'_> {
         loop {
             let count = match self.way {
                 Way::Transmit => self.transmitted(true)?,
-                Way::Receive => received(&mut self.card.rx)?,
+                Way::Receive => received(&mut self.card.rx, usize::MAX)?,
                 Way::Forward => self.forwarded()?,
                 Way::RoundTrip => {
                     self.transmitted(false)?;
-                    received(&mut self.card.rx)?
+                    received(&mut self.card.rx, usize::MAX)?
                 }
             };
             let now = ticks();
@@ -170,7 +180,7 @@ impl Client<'_> {
     #[inline]
     fn forwarded(&mut self) -> Result<usize> {
         self.transmitted(false)?;
-        let count = received(&mut self.card.rx)?;
+        let count = received(&mut self.card.rx, usize::MAX)?;
         for _ in 0..count {
             self.offer_next();
         }
@@ -196,16 +206,18 @@ impl Client<'_> {
     }
 }
 
-/// Takes frames that have arrived and gives their buffers back. Returns how many.
+/// Takes frames that have arrived and gives so many of their buffers back at most. Returns how many frames.
 #[inline]
-fn received(rx: &mut Queue) -> Result<usize> {
+pub(super) fn received(rx: &mut Queue, again: usize) -> Result<usize> {
     let mut ended = [(0, 0); BATCH];
     let count = rx.ring.take(&mut ended, |_| ())?;
     if count > 0 {
-        for (slot, bytes) in &ended[..count] {
+        for (at, (slot, bytes)) in ended[..count].iter().enumerate() {
             ensure!(*bytes as usize > HEADER_BYTES, "A buffer of {bytes} bytes has no frame");
             std::hint::black_box(rx.read_frame(*slot));
-            rx.ring.offer(*slot);
+            if at < again {
+                rx.ring.offer(*slot);
+            }
         }
         rx.publish()?;
     }

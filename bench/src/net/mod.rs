@@ -2,10 +2,15 @@
 
 pub mod bare;
 mod card;
+pub mod drain;
+pub mod guest;
 pub mod huge_pages;
 pub mod load;
+pub mod ping;
 mod server;
+mod testpmd;
 
 pub use card::Card;
 pub use load::{Load, Measured, Way};
 pub use server::{Lan, add_lan};
+pub use testpmd::frontend;
