@@ -4,10 +4,11 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use colo_bench::net::Card as Frontend;
 use colo_lab::{
     BackEnd, Card, Dice, Disk, DiskGuest, DiskGuestImage, GUEST, Host, INCOMING, Lab, MAC, Migration, Side,
@@ -22,6 +23,8 @@ fn main() -> ExitCode {
         ("four_queue_pairs_carry_the_guests_connections", four_queue_pairs),
         ("queue_pairs_that_the_guest_does_not_use_get_nothing", queue_pairs_that_the_guest_does_not_use),
         ("frames_may_be_as_long_as_the_lan_has_them", frames_may_be_as_long_as_the_lan_has_them),
+        ("a_thousand_pages_come_whole_over_http", a_thousand_pages_come_whole_over_http),
+        ("guests_are_in_a_vlan", guests_are_in_a_vlan),
         ("a_guest_shares_a_card_of_the_host_by_macvtap", a_guest_shares_a_card_by_macvtap),
         ("tcp_goes_on_when_the_back_end_was_killed", tcp_goes_on_when_the_back_end_was_killed),
         ("what_a_guest_has_received_migrates_with_it", what_a_guest_has_received_migrates_with_it),
@@ -54,6 +57,13 @@ fn card(host: &Host, served: usize, pairs: usize, properties: &str) -> Result<Ca
     })
 }
 
+fn boot(host: &Host, card: Card) -> Result<(Disk, DiskGuest)> {
+    let disk = Disk::create(host.directory().join("disk.img"), 64)?;
+    let back_end = BackEnd::block(host, "disk", &disk, &["--queues", "4"])?;
+    let guest = DiskGuest::boot_with(host, &DiskGuestImage::make()?, back_end, Some(card))?;
+    Ok((disk, guest))
+}
+
 impl World {
     fn boot(pairs: usize, properties: &str) -> Result<Self> {
         Self::boot_with(pairs, pairs, properties)
@@ -66,11 +76,7 @@ impl World {
 
     fn boot_by(card: impl FnOnce(&Host) -> Result<Card>) -> Result<Self> {
         let lab = Lab::build()?;
-        let host = lab.host(Side::A);
-        let disk = Disk::create(lab.run().directory().join("disk.img"), 64)?;
-        let back_end = BackEnd::block(host, "disk", &disk, &["--queues", "4"])?;
-        let card = card(host)?;
-        let guest = DiskGuest::boot_with(host, &DiskGuestImage::make()?, back_end, Some(card))?;
+        let (disk, guest) = boot(lab.host(Side::A), card(lab.host(Side::A))?)?;
         Ok(Self { lab, disk, guest, side: Side::A })
     }
 
@@ -105,6 +111,16 @@ impl World {
                 Err(error) => return Err(error).with_context(|| address.to_string()),
             }
         }
+    }
+
+    /// Gives guest and client addresses of IPv6.
+    fn add_ipv6(&mut self) -> Result<()> {
+        self.lab.client().enable_ipv6("lan0")?;
+        self.lab.client().ip("address add fd77::1/64 dev lan0 nodad")?;
+        self.guest.run(&format!("ip address add {GUEST_V6}/64 dev eth0"))?;
+        self.guest
+            .run("while ip -6 address show dev eth0 | grep -q tentative; do usleep 10000; done")
+            .map(drop)
     }
 
     /// Has the guest take what comes to a port, until the connection ends.
@@ -185,10 +201,7 @@ fn what_is_left_to_the_other_side_arrives_whole() -> Result<()> {
         ] {
             ensure!(negotiated(&mut world.guest, bit)? == wanted, "{case}: feature {bit} is not {wanted}");
         }
-        world.lab.client().enable_ipv6("lan0")?;
-        world.lab.client().ip("address add fd77::1/64 dev lan0 nodad")?;
-        world.guest.run(&format!("ip address add {GUEST_V6}/64 dev eth0"))?;
-        world.guest.run("while ip -6 address show dev eth0 | grep -q tentative; do usleep 10000; done")?;
+        world.add_ipv6()?;
         let data = data(4 << 20);
         world.exchange(GUEST, 5000, &data).with_context(|| format!("{case}, IPv4"))?;
         world.exchange(GUEST_V6, 5001, &data).with_context(|| format!("{case}, IPv6"))?;
@@ -237,6 +250,84 @@ fn queue_pairs_that_the_guest_does_not_use() -> Result<()> {
 }
 
 const NO_RECEIVING: &str = ",guest_csum=off,guest_tso4=off,guest_tso6=off,guest_ecn=off,guest_ufo=off";
+
+/// Over IPv4 and IPv6, 16 connections at a time, each with a connection of its own.
+fn a_thousand_pages_come_whole_over_http() -> Result<()> {
+    const CONNECTIONS: usize = 1000;
+    let mut world = World::boot(1, "")?;
+    world.add_ipv6()?;
+    let page = data(100_000);
+    world.exchange(GUEST, 5000, &page)?;
+    world.guest.run("mkdir /tmp/www && mv /tmp/in /tmp/www/page && httpd -p 80 -h /tmp/www")?;
+    world.guest.run("httpd -p [::]:81 -h /tmp/www")?;
+    let (next, fetched) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let fetch = || -> Result<()> {
+        loop {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            if number >= CONNECTIONS {
+                return Ok(());
+            }
+            let url = if number % 2 == 0 {
+                format!("http://{GUEST}/page")
+            } else {
+                format!("http://[{GUEST_V6}]:81/page")
+            };
+            let agent =
+                ureq::Agent::config_builder().max_idle_connections(0).timeout_global(Some(LIMIT)).build();
+            let mut answer = ureq::Agent::from(agent).get(&url).call().with_context(|| url.clone())?;
+            let body = answer.body_mut().read_to_vec().with_context(|| url.clone())?;
+            ensure!(body == page, "{url}: {} bytes of {}, or others", body.len(), page.len());
+            fetched.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    world.lab.client().run(|| -> Result<()> {
+        thread::scope(|scope| {
+            let clients: Vec<_> = (0..16).map(|_| scope.spawn(fetch)).collect();
+            clients
+                .into_iter()
+                .try_for_each(|client| client.join().map_err(|_| anyhow!("A client panicked"))?)
+        })
+    })??;
+    ensure!(fetched.into_inner() == CONNECTIONS, "Some are missing");
+    world.end()
+}
+
+/// Two guests send each other tagged frames, also such as are left to the other side to be segmented.
+fn guests_are_in_a_vlan() -> Result<()> {
+    const OTHER: &str = "10.77.0.11";
+    let mut world = World::boot(1, "")?;
+    let host = world.lab.host(Side::B);
+    let more = Card { mac: "52:54:00:c0:10:02", address: OTHER, ..card(host, 1, 1, "")? };
+    let (disk, mut other) = boot(host, more)?;
+    for (guest, address) in [(&mut world.guest, "10.79.0.1"), (&mut other, "10.79.0.2")] {
+        guest.run("while read -r module; do insmod /lib/modules/$module; done </lib/modules/vlan")?;
+        guest.run(&format!(
+            "vconfig add eth0 7 && ip address add {address}/24 dev eth0.7 && ip link set eth0.7 up"
+        ))?;
+    }
+    let data = data(4 << 20);
+    world.exchange(GUEST, 5000, &data)?;
+    let (sent, bytes) = (world.figure("/frames/guest_frames")?, world.figure("/frames/guest_bytes")?);
+    // nc ends when either side has nothing more to say, so the one that listens must not say so
+    let listen = |port: u16| format!("nc -l -p {port} <>/tmp/silent >/tmp/in & echo $! >/tmp/pid");
+    other.run(&format!("mkfifo /tmp/silent && {{ {}; }}", listen(6000)))?;
+    world.guest.run("until nc 10.79.0.2 6000 </tmp/in; do usleep 10000; done")?;
+    other.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done")?;
+    let sent = world.figure("/frames/guest_frames")? - sent;
+    let mean = (world.figure("/frames/guest_bytes")? - bytes) / sent;
+    println!("frames of {mean} bytes, on average");
+    ensure!(mean > 1514, "Frames of {mean} bytes");
+    let came = other.run("cat /sys/class/net/eth0.7/statistics/rx_bytes")?;
+    ensure!(came.parse::<usize>()? > data.len(), "Only {came} bytes have come tagged");
+
+    // and back, and to the client
+    world.guest.run(&format!("rm /tmp/in && mkfifo /tmp/silent && {{ {}; }}", listen(6001)))?;
+    other.run("until nc 10.79.0.1 6001 </tmp/in; do usleep 10000; done")?;
+    world.ensure_taken(GUEST, 5001, &data)?;
+    other.end()?;
+    disk.check()?;
+    world.end()
+}
 
 fn frames_may_be_as_long_as_the_lan_has_them() -> Result<()> {
     // so that what is long comes from the LAN as it is

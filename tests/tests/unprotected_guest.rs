@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use colo_lab::{
-    Devices, FileLoad, GuestImage, Lab, Ping, Redis, RedisLoad, Reply, Side, Solo, UdpEcho, redis_benchmark,
+    Devices, FileLoad, Flow, GuestImage, Lab, Ping, Redis, RedisLoad, Reply, Side, Solo, UdpEcho, iperf3,
+    redis_benchmark,
 };
 
 fn main() -> ExitCode {
@@ -27,6 +28,11 @@ fn redis_benchmark_runs_and_the_disk_is_clean() -> Result<()> {
         println!("  {line:?}");
     }
     ensure!(lines.len() == 6 && lines.iter().all(|line| line.per_second > 0.0), "{lines:?}");
+
+    for flow in [Flow::ToGuest, Flow::FromGuest] {
+        let rate = iperf3(lab.client(), guest.address(), flow, Duration::from_secs(2))?;
+        println!("  iperf3 {flow:?}: {:.0} MB/s", rate / 1e6);
+    }
 
     let (_, writes) = files.stop_and_verify(Duration::from_secs(10))?;
     let (udp, ping) = (udp.stop()?, ping.stop()?);

@@ -57,6 +57,14 @@ for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev vir
     echo "$module.ko" >>"$root/lib/modules/order"
 done
 
+# the same for VLANs; not loaded at boot
+for module in llc stp mrp garp 8021q; do
+    file=$(find "$packed/lib/modules" -name "$module.ko" | head -n 1)
+    [ -n "$file" ] || fail "$kernel has no module $module"
+    cp "$file" "$root/lib/modules/"
+    echo "$module.ko" >>"$root/lib/modules/vlan"
+done
+
 # a dynamic program brings the libraries that it names
 put() {
     cp -L "$1" "$root/bin/$2"

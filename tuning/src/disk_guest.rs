@@ -98,7 +98,9 @@ impl DiskGuest {
         // stopped at first: nothing that the guest says may go by before somebody listens
         let mut guest = Self::start(host, image, back_end, card, &["-S"])?;
         guest.command("cont", Value::Null)?;
-        guest.await_boot()?;
+        if let Err(error) = guest.await_boot() {
+            return Err(error.context(guest.whereabouts(host)));
+        }
         Ok(guest)
     }
 
@@ -177,6 +179,23 @@ impl DiskGuest {
         let qmp = qmp.with_context(|| format!("QEMU says: {}", qemu.output()))?;
         back_end.ensure_running()?;
         Ok(Self { back_end, card, console, qemu, qmp })
+    }
+
+    /// What the guest's processors are at, and how far its devices have come.
+    fn whereabouts(&mut self, host: &Host) -> String {
+        let registers =
+            match self.command("human-monitor-command", json!({"command-line": "info registers -a"})) {
+                Ok(text) => text.as_str().unwrap_or_default().replace("\r\n", "\n"),
+                Err(error) => format!("{error:#}"),
+            };
+        let processors = registers.lines().filter(|line| line.starts_with("CPU#") || line.contains("IP="));
+        let processors: Vec<&str> = processors.collect();
+        let figures = |back_end: &BackEnd| match back_end.status(host) {
+            Ok(figures) => figures.to_string(),
+            Err(error) => format!("{error:#}"),
+        };
+        let card = self.card.as_ref().map(|card| figures(&card.back_end)).unwrap_or_default();
+        format!("{}\ndisk: {}\ncard: {card}\n", processors.join("\n"), figures(&self.back_end))
     }
 
     /// The file that is the guest's memory.
