@@ -123,14 +123,14 @@ impl Case {
 
     fn name(&self) -> String {
         let what = match self.work {
-            Work::Load(Way::Transmit, Lan::Tap) => "guest to tap",
+            Work::Load(Way::Transmit, Lan::Tap) => "into a tap",
             Work::Load(Way::Transmit, _) => "guest to back end",
             Work::Load(Way::Receive, _) => "back end to guest",
             Work::Load(Way::Forward, _) => "there and back",
             Work::Load(Way::RoundTrip, _) => "one frame there and back",
             Work::Frontend(Way::Transmit, _) => "DPDK's frontend to back end",
             Work::Frontend(..) => "back end to DPDK's frontend",
-            Work::Drain => "tap to guest",
+            Work::Drain => "out of a tap",
             Work::Ping => "ICMP echo by a tap",
         };
         format!("{what}, {} B", self.frame_bytes)

@@ -3,14 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use colo_lab::Namespace;
-use vhost_net_backend::lan::{Tap, TapOptions};
+use vhost_net_backend::lan::Tap;
 
-use super::Card;
 use super::card::{ETHERNET_BYTES, FROM_GUEST, HEADER_BYTES, TO_GUEST};
 use super::load::{PATIENCE, on_core, pin, received};
 use super::server::{SOURCE_TAP, TAP};
+use super::{Card, bare};
 use crate::clock::{ticks, ticks_in, ticks_per_nanosecond};
 
 /// Frames that wait in the tap's queue each time. The queue is a little longer ([`super::add_lan`]).
@@ -24,7 +24,7 @@ struct Source {
 
 impl Source {
     fn open(namespace: &Namespace, frame_bytes: usize) -> Result<Self> {
-        let tap = namespace.run(|| open(SOURCE_TAP))??;
+        let tap = namespace.run(|| bare::open(SOURCE_TAP))??;
         let mut frame = vec![0; HEADER_BYTES + frame_bytes];
         frame[HEADER_BYTES..][..ETHERNET_BYTES].copy_from_slice(&TO_GUEST);
         Ok(Self { tap, frame })
@@ -36,11 +36,6 @@ impl Source {
         }
         Ok(())
     }
-}
-
-fn open(name: &str) -> Result<Tap> {
-    let taps = Tap::open(name, TapOptions { queues: 1, headers: true })?;
-    taps.into_iter().next().context("One queue")
 }
 
 /// Has a device take frames of `frame_bytes` bytes out of its tap until that has taken `duration`. Fills the tap and
@@ -108,7 +103,7 @@ pub fn bare(
     duration: Duration,
 ) -> Result<f64> {
     let source = Source::open(namespace, frame_bytes)?;
-    let tap = namespace.run(|| open(TAP))??;
+    let tap = namespace.run(|| bare::open(TAP))??;
     on_core(core, || {
         let mut first = vec![0; HEADER_BYTES + frame_bytes];
         first[HEADER_BYTES..][..ETHERNET_BYTES].copy_from_slice(&FROM_GUEST);

@@ -253,7 +253,7 @@ impl Tap {
     ///
     /// # Errors
     /// The kernel does not know one of them.
-    pub(crate) fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
+    pub fn set_offloads(&self, offloads: Offloads) -> io::Result<()> {
         if self.name.is_none() {
             return Ok(());
         }
