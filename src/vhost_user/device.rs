@@ -5,9 +5,9 @@ use super::ring::Ring;
 
 /// A virtio device behind vhost-user. The server calls from the one thread that serves the connection.
 pub trait Device: Send + Sync {
-    /// How many queues there are: vrings, of which a network device has two a pair. This is what `GET_QUEUE_NUM` answers.
-    /// QEMU's network frontend compares it with its pairs, so that too many of those are refused only when their rings
-    /// are set up.
+    /// How many queues there are: vrings, of which a network device has two a pair and perhaps one for control. This is what
+    /// `GET_QUEUE_NUM` answers. QEMU's network frontend compares it with its pairs, so that too many of those are refused
+    /// only when their rings are set up.
     fn queues(&self) -> usize;
 
     /// The device's own feature bits (virtio 1.2 §5.x.3). The server adds VERSION_1, EVENT_IDX, INDIRECT_DESC and the bits of

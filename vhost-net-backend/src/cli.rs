@@ -22,6 +22,7 @@ The control command `status` answers with:
   frames.guest_malformed, guest_too_long, lan_refused
                         what the guest sent and is no frame, what did not fit its buffers, what the tap refused
   frames.lan_ignored    what came from the LAN while this side had no business there
+  frames.lan_filtered   what came from the LAN and the driver does not want (control queue)
   queue_pairs           the same frames, for each queue pair
   rings_running, rings_broken
                         queues that the driver has started, and those that it broke with a malformed request
@@ -138,7 +139,7 @@ pub struct Serve {
     #[arg(long, requires = "control")]
     pub protected: bool,
 
-    /// MAC address of the card, for a VMM that reads it from the back end.
+    /// MAC address of the card, for a VMM that reads it from the back end. The control queue is offered then.
     ///
     /// QEMU does not: give it `mac=` there.
     #[arg(long, value_name = "MAC")]

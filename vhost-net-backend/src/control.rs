@@ -29,23 +29,26 @@ impl NetHandler {
     fn ask_first(&self, command: Command, link: Option<OwnedFd>) -> Result<Value, String> {
         ask(&self.device.workers()[0], command, link)
     }
+}
 
-    /// The figures of all workers together, and the frames of each.
-    fn status(&self) -> Result<Value, String> {
-        let (first, others) = self.device.workers().split_first().ok_or("There is no worker")?;
-        let mut sum = ask(first, Command::Status, None)?;
-        let mut pairs = vec![sum["frames"].clone()];
-        for other in others {
-            let one = ask(other, Command::Status, None)?;
-            pairs.push(one["frames"].clone());
-            for figure in ["frames", "rings_running", "rings_broken"] {
-                add(&mut sum[figure], &one[figure]);
-            }
+/// The figures of all workers together, and the frames of each.
+pub(crate) fn status(device: &NetDevice, logs: &DirtyLogs) -> Result<Value, String> {
+    let (first, others) = device.workers().split_first().ok_or("There is no worker")?;
+    let mut sum = ask(first, Command::Status, None)?;
+    let mut pairs = vec![sum["frames"].clone()];
+    for other in others {
+        let one = ask(other, Command::Status, None)?;
+        pairs.push(one["frames"].clone());
+        for figure in ["frames", "rings_running", "rings_broken"] {
+            add(&mut sum[figure], &one[figure]);
         }
-        sum["queue_pairs"] = pairs.into();
-        sum["dirty_log_missed"] = json!(self.logs.missed());
-        Ok(sum)
     }
+    sum["queue_pairs"] = pairs.into();
+    let [running, broken] = device.control_rings();
+    add(&mut sum["rings_running"], &json!(running));
+    add(&mut sum["rings_broken"], &json!(broken));
+    sum["dirty_log_missed"] = json!(logs.missed());
+    Ok(sum)
 }
 
 fn ask(worker: &Sender<Order>, command: Command, link: Option<OwnedFd>) -> Result<Value, String> {
@@ -79,7 +82,7 @@ impl Handler for NetHandler {
                 self.logs.set_control(log.map_err(|error| error.to_string())?);
                 Ok(json!({}))
             }
-            Command::Status => self.status(),
+            Command::Status => status(&self.device, &self.logs),
             Command::Link { up } => {
                 // the first worker knows whether it may be
                 let answer = self.ask_first(Command::Link { up }, None)?;

@@ -1,15 +1,20 @@
 //! The virtio-net device that the server shows to the frontend: features and configuration space (virtio 1.2 §5.1.3 and
 //! §5.1.4). The work is the workers'.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use colo::runtime::Sender;
+use colo::runtime::{Sender, mailbox};
 use colo::vhost_user::{Device, FrontendChannel, Ring};
 use crossbeam_channel::bounded;
 use virtio_bindings::bindings::virtio_net::{
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_ANNOUNCE, VIRTIO_NET_S_LINK_UP,
 };
 
+use crate::control_queue::{self, Card, ControlQueue};
 use crate::worker::Order;
 
 /// Of a queue pair, the one with buffers for what the guest receives.
@@ -20,14 +25,79 @@ pub const TX: usize = 1;
 /// The most queue pairs.
 pub const PAIRS_MAX: usize = 16;
 
-/// The device: queue `2 n` and `2 n + 1` are the pair of worker `n`.
+/// What is offered with a control queue.
+const CONTROLLED: [u32; 6] = [
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_GUEST_ANNOUNCE,
+];
+
+/// The device: queue `2 n` and `2 n + 1` are the pair of worker `n`, and the control queue comes last (virtio 1.2 §5.1.2).
 #[derive(Debug)]
 pub struct NetDevice {
     workers: Vec<Sender<Order>>,
     offloads: u64,
     config: Option<Config>,
-    link_up: AtomicBool,
+    /// What of the configuration changes.
+    state: Arc<ConfigState>,
+    /// Who serves the control queue, if there is one.
+    control_queue: Option<Sender<control_queue::Order>>,
+    control_queue_runs: AtomicBool,
+    /// What the driver has negotiated.
+    features: AtomicU64,
     channel: FrontendChannel,
+}
+
+/// The parts of the configuration that change while the device runs.
+#[derive(Debug)]
+pub(crate) struct ConfigState {
+    /// In the first six bytes.
+    mac: AtomicU64,
+    link_up: AtomicBool,
+    /// The driver is to announce itself.
+    announcing: AtomicBool,
+}
+
+impl ConfigState {
+    fn new(mac: [u8; 6]) -> Self {
+        let state = Self {
+            mac: AtomicU64::new(0),
+            link_up: AtomicBool::new(true),
+            announcing: AtomicBool::new(false),
+        };
+        state.set_mac(mac);
+        state
+    }
+
+    pub(crate) fn set_mac(&self, [a, b, c, d, e, f]: [u8; 6]) {
+        self.mac.store(u64::from_le_bytes([a, b, c, d, e, f, 0, 0]), Ordering::SeqCst);
+    }
+
+    pub(crate) fn set_announcing(&self, announcing: bool) {
+        self.announcing.store(announcing, Ordering::SeqCst);
+    }
+
+    fn mac(&self) -> [u8; 6] {
+        let bytes = self.mac.load(Ordering::SeqCst).to_le_bytes();
+        std::array::from_fn(|at| bytes[at])
+    }
+
+    fn status(&self) -> u16 {
+        let bit = |flag: &AtomicBool, bit| if flag.load(Ordering::SeqCst) { bit } else { 0 };
+        (bit(&self.link_up, VIRTIO_NET_S_LINK_UP) | bit(&self.announcing, VIRTIO_NET_S_ANNOUNCE)) as u16
+    }
+}
+
+/// A queue of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Queue {
+    /// Of a pair: [`RX`] or [`TX`].
+    Data { pair: usize, queue: usize },
+    /// The one for commands.
+    Control,
 }
 
 /// What the device tells of itself. QEMU's network frontend makes this up.
@@ -42,7 +112,31 @@ pub struct Config {
 impl NetDevice {
     /// A device with a queue pair for each worker, and these offloads ([`crate::offload::Offloads`]).
     pub fn new(workers: Vec<Sender<Order>>, offloads: u64, config: Option<Config>) -> Self {
-        Self { workers, offloads, config, link_up: AtomicBool::new(true), channel: FrontendChannel::new() }
+        Self {
+            workers,
+            offloads,
+            config,
+            state: Arc::new(ConfigState::new(config.map_or([0; 6], |config| config.mac.0))),
+            control_queue: None,
+            control_queue_runs: AtomicBool::new(false),
+            features: AtomicU64::new(0),
+            channel: FrontendChannel::new(),
+        }
+    }
+
+    /// Offers a control queue, if the device tells of itself: a frontend that makes the configuration up keeps that queue
+    /// too. Returns who is to serve it.
+    ///
+    /// # Errors
+    /// The system has no more descriptors.
+    pub fn add_control_queue(&mut self) -> io::Result<Option<ControlQueue>> {
+        let Some(Config { mac: MacAddress(mac), .. }) = self.config else {
+            return Ok(None);
+        };
+        let (orders, mailbox) = mailbox()?;
+        self.control_queue = Some(orders);
+        let card = Card { features: 0, mac, pairs_max: self.workers.len() as u16 };
+        Ok(Some(ControlQueue::new(mailbox, self.workers.clone(), self.state.clone(), card)))
     }
 
     /// Who does the work, a worker for each queue pair.
@@ -55,9 +149,60 @@ impl NetDevice {
         for worker in &self.workers {
             tell(worker, Order::Link(up));
         }
-        if self.link_up.swap(up, Ordering::Relaxed) != up && self.config.is_some() {
+        if self.state.link_up.swap(up, Ordering::SeqCst) != up && self.config.is_some() {
             self.channel.config_changed();
         }
+    }
+
+    /// Of the rings of the control queue, how many run, and how many of these are broken.
+    pub(crate) fn control_rings(&self) -> [usize; 2] {
+        let (reply, answer) = bounded(1);
+        self.tell_control_queue(control_queue::Order::Rings(reply));
+        answer.recv().unwrap_or_default()
+    }
+
+    fn tell_control_queue(&self, order: control_queue::Order) {
+        if let Some(control_queue) = &self.control_queue {
+            // A thread that has ended takes the process with it.
+            drop(control_queue.send(order));
+        }
+    }
+
+    fn show_own_mac(&self) {
+        if let Some(Config { mac: MacAddress(mac), .. }) = self.config {
+            self.state.set_mac(mac);
+        }
+    }
+
+    fn has(&self, bit: u32) -> bool {
+        self.features.load(Ordering::SeqCst) >> bit & 1 == 1
+    }
+
+    /// Which queue an index means with the features that were negotiated (§5.1.2).
+    fn queue(&self, index: usize) -> Result<Queue, String> {
+        let pairs = self.workers.len();
+        let (mq, controlled) = (self.has(VIRTIO_NET_F_MQ), self.has(VIRTIO_NET_F_CTRL_VQ));
+        // without CTRL_VQ the frontend keeps that queue and may not tell of MQ either
+        let data = if controlled && !mq { 2 } else { 2 * pairs };
+        if index < data {
+            return Ok(Queue::Data { pair: index / 2, queue: index % 2 });
+        }
+        if index == data && controlled {
+            return Ok(Queue::Control);
+        }
+        Err(match (controlled, mq) {
+            (true, true) => format!("there are {pairs} queue pairs, and the control queue is queue {data}"),
+            (true, false) => "without MQ there is one queue pair, and the control queue is queue 2".into(),
+            (false, _) => format!("there are {pairs} queue pairs, and CTRL_VQ was not negotiated"),
+        })
+    }
+
+    /// Whether the driver can be asked to announce itself.
+    fn can_ask_driver(&self) -> bool {
+        [VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS]
+            .iter()
+            .all(|bit| self.has(*bit))
+            && self.control_queue_runs.load(Ordering::SeqCst)
     }
 }
 
@@ -68,7 +213,7 @@ fn tell(worker: &Sender<Order>, order: Order) {
 
 impl Device for NetDevice {
     fn queues(&self) -> usize {
-        2 * self.workers.len()
+        2 * self.workers.len() + usize::from(self.control_queue.is_some())
     }
 
     fn features(&self) -> u64 {
@@ -79,17 +224,19 @@ impl Device for NetDevice {
         if self.config.is_some() {
             features |= 1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS | 1 << VIRTIO_NET_F_MTU;
         }
+        if self.control_queue.is_some() {
+            features = CONTROLLED.iter().fold(features, |bits, bit| bits | 1 << bit);
+        }
         features
     }
 
     /// `struct virtio_net_config` up to the MTU.
     fn config_bytes(&self) -> Vec<u8> {
-        let Some(Config { mac: MacAddress(mac), mtu }) = self.config else {
+        let Some(Config { mtu, .. }) = self.config else {
             return Vec::new();
         };
-        let status = if self.link_up.load(Ordering::Relaxed) { VIRTIO_NET_S_LINK_UP as u16 } else { 0 };
-        let mut config = mac.to_vec();
-        config.extend(status.to_le_bytes());
+        let mut config = self.state.mac().to_vec();
+        config.extend(self.state.status().to_le_bytes());
         config.extend((self.workers.len() as u16).to_le_bytes()); // max_virtqueue_pairs
         config.extend(mtu.to_le_bytes());
         config
@@ -103,7 +250,16 @@ impl Device for NetDevice {
         true
     }
 
+    /// The driver knows best what to say (§5.1.6.5.4): in which VLANs, for which addresses. One that cannot be asked is
+    /// spoken for.
     fn announce(&self, mac: [u8; 6]) {
+        if self.can_ask_driver() {
+            self.state.set_announcing(true);
+            if self.channel.config_changed() {
+                return;
+            }
+            self.state.set_announcing(false);
+        }
         tell(&self.workers[0], Order::Announce(mac));
     }
 
@@ -112,26 +268,69 @@ impl Device for NetDevice {
     }
 
     fn set_features(&self, features: u64) {
+        self.features.store(features, Ordering::SeqCst);
+        self.state.set_announcing(false);
+        self.show_own_mac();
         for worker in &self.workers {
             tell(worker, Order::Features(features));
         }
+        self.tell_control_queue(control_queue::Order::Features(features));
     }
 
     fn start_queue(&self, index: usize, ring: Ring) -> Result<(), String> {
-        tell(&self.workers[index / 2], Order::Start { queue: index % 2, ring: Box::new(ring) });
+        let ring = Box::new(ring);
+        match self.queue(index)? {
+            Queue::Data { pair, queue } => tell(&self.workers[pair], Order::Start { queue, ring }),
+            Queue::Control => {
+                // a driver that has just begun has not been asked for anything
+                if ring.next_avail() == 0 {
+                    self.state.set_announcing(false);
+                }
+                let (done, started) = bounded(1);
+                self.tell_control_queue(control_queue::Order::Start { ring, done });
+                // a thread that has ended takes the process with it
+                let _ = started.recv();
+                self.control_queue_runs.store(true, Ordering::SeqCst);
+            }
+        }
         Ok(())
     }
 
     fn stop_queue(&self, index: usize) -> u16 {
         let (done, stopped) = bounded(1);
-        tell(&self.workers[index / 2], Order::Stop { queue: index % 2, done });
+        match self.queue(index) {
+            Ok(Queue::Data { pair, queue }) => tell(&self.workers[pair], Order::Stop { queue, done }),
+            Ok(Queue::Control) => {
+                self.control_queue_runs.store(false, Ordering::SeqCst);
+                self.tell_control_queue(control_queue::Order::Stop(done));
+            }
+            // it was never started
+            Err(_) => return 0,
+        }
         stopped.recv().unwrap_or_default()
+    }
+
+    /// It is not known yet whether the driver is paused or has reset the device. One that comes after a reset reads the
+    /// card's address before it starts a queue, and its receive queue runs before its control queue does. One that was
+    /// paused gets its own address and filter again with its control queue.
+    fn quiesced(&self) {
+        self.show_own_mac();
+        for worker in &self.workers {
+            tell(worker, Order::Quiesced);
+        }
     }
 }
 
 /// A unicast MAC address, written as `52:54:00:12:34:56`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MacAddress(pub [u8; 6]);
+
+impl MacAddress {
+    /// Whether it can be the address of one card.
+    pub(crate) fn is_of_a_card(self) -> bool {
+        self.0[0] & 1 == 0 && self.0 != [0; 6]
+    }
+}
 
 impl std::str::FromStr for MacAddress {
     type Err = String;
@@ -151,7 +350,7 @@ impl std::str::FromStr for MacAddress {
         if parts.next().is_some() {
             return Err(malformed());
         }
-        if bytes[0] & 1 != 0 || bytes == [0; 6] {
+        if !Self(bytes).is_of_a_card() {
             return Err(format!("{text} is a group address, a device needs one of its own"));
         }
         Ok(Self(bytes))

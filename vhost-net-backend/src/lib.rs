@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod compare;
 pub mod control;
+pub mod control_queue;
 pub mod device;
 pub mod frame;
 pub mod lan;

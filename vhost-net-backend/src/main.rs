@@ -14,6 +14,7 @@ use colo::runtime::{mailbox, pin};
 use colo::vhost_user;
 use vhost_net_backend::cli::{CAPABILITIES, Cli, LinkState, Order, Serve};
 use vhost_net_backend::control::NetHandler;
+use vhost_net_backend::control_queue::ControlQueue;
 use vhost_net_backend::device::{Config, NetDevice};
 use vhost_net_backend::lan::{Port, Tap, TapOptions};
 use vhost_net_backend::offload::Offloads;
@@ -79,7 +80,10 @@ fn serve(cli: &Serve) -> anyhow::Result<()> {
         ports.iter().map(|_| mailbox()).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
     let logs = DirtyLogs::new();
     let config = cli.mac.map(|mac| Config { mac, mtu });
-    let device = Arc::new(NetDevice::new(senders, offloads, config));
+    let mut device = NetDevice::new(senders, offloads, config);
+    // what a driver says by it would be known to one half of a pair only
+    let control_queue = if cli.protected { None } else { device.add_control_queue()? };
+    let device = Arc::new(device);
     let server = match (&cli.socket_path, inherited) {
         (Some(path), _) => vhost_user::Server::bind(path, device.clone(), logs.clone())
             .context("The vhost-user socket cannot be made")?,
@@ -96,6 +100,9 @@ fn serve(cli: &Serve) -> anyhow::Result<()> {
         };
         let core = cli.core.get(pair % cli.core.len().max(1)).copied();
         start_worker(Worker::new(port, mailbox, events, settings), pair, core)?;
+    }
+    if let Some(control_queue) = control_queue {
+        start_control_queue(control_queue)?;
     }
     if let Some(control) = control {
         start_control(control, NetHandler::new(device, logs))?;
@@ -131,20 +138,32 @@ fn ports(cli: &Serve, taps: Vec<(i32, OwnedFd)>) -> anyhow::Result<Vec<Port>> {
 /// that a peer could take over.
 fn start_worker(worker: Worker, pair: usize, core: Option<usize>) -> anyhow::Result<()> {
     let (pinned_tx, pinned) = std::sync::mpsc::channel();
-    let work = move || {
+    start_thread(format!("net-worker-{pair}"), move || {
         let _ = pinned_tx.send(core.map_or(Ok(()), pin));
         match worker.run() {
             Ok(never) => match never {},
             Err(error) => eprintln!("vhost-net-backend: The tap is gone: {error}"),
         }
-    };
-    std::thread::Builder::new().name(format!("net-worker-{pair}")).spawn(|| {
+    })?;
+    pinned.recv()?.context("--core")
+}
+
+fn start_control_queue(control_queue: ControlQueue) -> std::io::Result<()> {
+    start_thread("control-queue".into(), move || match control_queue.run() {
+        Ok(never) => match never {},
+        Err(error) => eprintln!("vhost-net-backend: The control queue cannot be served: {error}"),
+    })
+}
+
+/// Starts a thread that the process ends with.
+fn start_thread(name: String, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name(name.clone()).spawn(move || {
         if std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).is_err() {
-            eprintln!("vhost-net-backend: A worker has failed");
+            eprintln!("vhost-net-backend: The thread {name} has failed");
         }
         std::process::exit(1);
     })?;
-    pinned.recv()?.context("--core")
+    Ok(())
 }
 
 fn start_control(server: control::Server, mut handler: NetHandler) -> anyhow::Result<()> {

@@ -6,6 +6,7 @@ use std::io;
 
 use colo::vhost_user::{Chain, Ring};
 
+use crate::control_queue::{FILTERED_BYTES, Filter};
 use crate::frame::LEGACY_HEADER_BYTES;
 use crate::lan::{IOVECS_MAX, Tap};
 
@@ -108,6 +109,30 @@ impl Buffers {
             ring.add_used(chain.head(), here as u32);
             bytes -= here;
             self.forget(chain, room);
+        }
+    }
+
+    /// Whether the driver wants the frame that was received, of `bytes` bytes with its header.
+    pub(super) fn are_wanted(&self, filter: &Filter, header_bytes: usize, bytes: usize) -> bool {
+        let mut front = [0; FILTERED_BYTES];
+        let front = &mut front[..FILTERED_BYTES.min(bytes - header_bytes)];
+        let (mut offset, mut filled) = (header_bytes, 0);
+        for chain in &self.chains {
+            if filled == front.len() {
+                break;
+            }
+            filled += chain.copy_written(offset, &mut front[filled..]);
+            offset = offset.saturating_sub(chain.writable_bytes() as usize);
+        }
+        filter.admits(&front[..filled])
+    }
+
+    /// Marks what a frame that is not given to the guest has left in its memory.
+    pub(super) fn mark(&self, mut bytes: usize) {
+        for chain in &self.chains {
+            let here = bytes.min(chain.writable_bytes() as usize);
+            chain.mark_front(here);
+            bytes -= here;
         }
     }
 

@@ -15,6 +15,7 @@ mod tests;
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use colo::control::{Command, EventSender};
@@ -26,6 +27,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use self::buffers::Buffers;
+use crate::control_queue::Filter;
 use crate::device::RX;
 use crate::frame::FRAME_BYTES_MAX;
 use crate::lan::{Outgoing, Port};
@@ -55,6 +57,18 @@ pub enum Order {
     },
     /// The driver's choice of features; no queue runs.
     Features(u64),
+    /// What the driver has said by the control queue. It holds from the answer on, until it says something else or there are
+    /// other features.
+    Receive {
+        /// Which frames it wants; all, if there is none.
+        filter: Option<Arc<Filter>>,
+        /// Whether this pair is to receive.
+        receives: bool,
+        /// Where the answer goes.
+        done: Sender<()>,
+    },
+    /// No queue runs. Until the control queue does again, all frames are admitted.
+    Quiesced,
     /// Tell the LAN that the guest with this hardware address is here.
     Announce([u8; 6]),
     /// The cable of a plain back end is in, or out.
@@ -91,6 +105,8 @@ pub struct Counters {
     pub lan_refused: u64,
     /// Frames that came from the LAN while this side had no business there.
     pub lan_ignored: u64,
+    /// Frames that came from the LAN and that the driver does not want.
+    pub lan_filtered: u64,
 }
 
 /// Whether frames may pass.
@@ -119,6 +135,10 @@ pub struct Worker {
     /// What a frame for the guest may need, header included.
     frame_room: usize,
     link_up: bool,
+    /// What the driver wants of the LAN's frames, if not all.
+    filter: Option<Arc<Filter>>,
+    /// The driver uses this pair to receive.
+    receives: bool,
     outgoing: Outgoing,
     mode: Mode,
     polling: Polling,
@@ -157,6 +177,8 @@ impl Worker {
             buffers: Buffers::default(),
             frame_room: 0,
             link_up: true,
+            filter: None,
+            receives: true,
             outgoing: Outgoing::default(),
             mode: if settings.protected { Mode::Closed } else { Mode::Plain },
             polling: Polling::new(settings.window),
@@ -221,7 +243,7 @@ impl Worker {
                         slot.insert(ring).disable_notification();
                         if queue == RX {
                             self.frame_room = plain::frame_room(&self.port, self.offloads);
-                            self.port.set_receiving(true)?;
+                            self.set_receiving()?;
                         }
                     }
                 }
@@ -241,7 +263,17 @@ impl Worker {
                 Order::Features(features) => {
                     self.offloads = Offloads::negotiated(features);
                     self.port.set_offloads(self.offloads)?;
+                    (self.filter, self.receives) = (None, true);
                 }
+                Order::Receive { filter, receives, done } => {
+                    self.filter = filter;
+                    let before = std::mem::replace(&mut self.receives, receives);
+                    if receives != before && self.rings[RX].is_some() {
+                        self.set_receiving()?;
+                    }
+                    let _ = done.send(());
+                }
+                Order::Quiesced => self.filter = None,
                 Order::Link(up) => self.link_up = up,
                 Order::Announce(mac) => self.announce(mac),
                 Order::Command { command, link, reply } => {
@@ -254,6 +286,11 @@ impl Worker {
             }
         }
         Ok(any)
+    }
+
+    /// Has the LAN's frames come to a pair that the driver uses.
+    fn set_receiving(&self) -> io::Result<()> {
+        if self.receives { self.port.set_receiving(true) } else { self.stop_receiving() }
     }
 
     /// What comes for a guest that receives nothing waits in the first queue.

@@ -14,7 +14,7 @@ impl Worker {
         let [rx, Some(ring)] = &mut self.rings else {
             return false;
         };
-        let mut back = rx.as_deref_mut().filter(|_| null == Null::Reflect);
+        let mut back = rx.as_deref_mut().filter(|_| null == Null::Reflect && self.receives);
         let header_bytes = self.offloads.header_bytes();
         let mut done = 0;
         while done < BATCH_FRAMES {

@@ -57,6 +57,9 @@ impl Worker {
 
     /// The LAN → the guest.
     pub(super) fn receive(&mut self) -> io::Result<bool> {
+        if !self.receives {
+            return Ok(false);
+        }
         let tap = match &self.port {
             Port::Tap(tap) => tap,
             Port::Null(Null::Generate(bytes)) => return Ok(self.generate(*bytes)),
@@ -83,6 +86,13 @@ impl Worker {
                 // the ring is short of buffers, they are too small, or the LAN's frames have become longer
                 self.counters.guest_too_long += 1;
                 self.frame_room = frame_room(&self.port, self.offloads);
+                continue;
+            }
+            if let Some(filter) = &self.filter
+                && !self.buffers.are_wanted(filter, header_bytes, bytes)
+            {
+                self.counters.lan_filtered += 1;
+                self.buffers.mark(bytes);
                 continue;
             }
             self.counters.lan_frames += 1;
@@ -118,7 +128,8 @@ impl Worker {
             self.buffers.take(ring, mergeable, room)
                 || ring.enable_notification() && self.buffers.take(ring, mergeable, room)
         };
-        let (ready, tap) = match (&self.port, rx.as_mut()) {
+        let mut rx = rx.as_mut().filter(|_| self.receives);
+        let (ready, tap) = match (&self.port, rx.as_deref_mut()) {
             (Port::Tap(tap), rx) => (can_send, rx.is_some_and(enough).then_some(tap)),
             (Port::Null(Null::Drop), _) => (can_send, None),
             (Port::Null(null), rx) => {
