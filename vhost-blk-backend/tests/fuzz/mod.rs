@@ -2,7 +2,10 @@
 //! killed where the back end does something wrong; libFuzzer (`make fuzz`) and `cargo test` call them alike.
 #![allow(dead_code, unreachable_pub, reason = "each driver uses its own part")]
 
-use std::io::{IoSlice, Read, Write};
+#[path = "../../../tests/fuzz/input.rs"]
+mod input;
+
+use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -14,6 +17,7 @@ use std::time::Duration;
 use colo::control::Server;
 use colo::memory::{DirtyLog, DirtyLogs, MemoryTable, PAGE_BYTES, PageSet, Region};
 use colo::vhost_user::{Device, Ring, RingSetup, serve_connection};
+use input::Input;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, Shutdown, sendmsg, shutdown};
@@ -26,29 +30,6 @@ const DISK_BYTES: u64 = 64 << 10;
 const RAM_BYTES: u64 = 1 << 20;
 /// What is never told to the device, behind the RAM in the same file.
 const CANARY_BYTES: u64 = 64 << 10;
-
-/// Takes values off the front of the input; an input that has ended gives zeros.
-struct Input<'a>(&'a [u8]);
-
-impl<'a> Input<'a> {
-    fn bytes(&mut self, count: usize) -> &'a [u8] {
-        let (front, rest) = self.0.split_at(count.min(self.0.len()));
-        self.0 = rest;
-        front
-    }
-
-    fn byte(&mut self) -> u8 {
-        self.bytes(1).first().copied().unwrap_or(0)
-    }
-
-    fn word(&mut self) -> u16 {
-        u16::from_le_bytes([self.byte(), self.byte()])
-    }
-
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
 
 /// A disk in memory, none of it zero.
 fn image() -> (tempfile::NamedTempFile, ImageOptions) {
@@ -492,14 +473,4 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         seeds.push(("control", control));
     }
     seeds
-}
-
-/// Writes the seeds as files that libFuzzer reads.
-pub fn write_seeds(directory: &std::path::Path) {
-    for (number, (target, seed)) in seeds().into_iter().enumerate() {
-        let directory = directory.join(target);
-        std::fs::create_dir_all(&directory).unwrap();
-        let mut file = std::fs::File::create(directory.join(format!("seed-{number}"))).unwrap();
-        file.write_all(&seed).unwrap();
-    }
 }

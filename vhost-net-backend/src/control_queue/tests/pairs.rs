@@ -14,6 +14,8 @@ fn receiving(world: &mut World) -> Vec<usize> {
         world.queues[2 * pair].offer(&[(1526, true)]);
         world.lan_sends(pair, &to(MAC));
     }
+    // a worker that has something else to do looks at its tap all the same
+    world.figure("/frames/lan_frames");
     for pair in 0..pairs {
         if world.received(pair, MOMENT).is_some() {
             receiving.push(pair);
@@ -109,6 +111,17 @@ fn a_frontend_without_a_control_queue_sees_no_difference() {
         assert_eq!(receiving(&mut world), [0, 1]);
         assert_eq!(world.admitted(&[to(OTHER), tagged(GROUP, 5)]), [to(OTHER), tagged(GROUP, 5)]);
     }
+    // whatever a driver before it has said
+    let mut world = World::start(2, FEATURES | MQ);
+    assert_eq!(set(&mut world, 1), OK);
+    world.mode(VIRTIO_NET_CTRL_RX_PROMISC, false);
+    world.stop();
+    world.forget();
+    world.set_features(1 << VIRTIO_F_VERSION_1 | MQ);
+    for index in 0..4 {
+        world.start_queue(index, 0).unwrap();
+    }
+    assert_eq!(receiving(&mut world), [0, 1]);
     // nor does one that keeps the queue, although its driver has negotiated it
     let mut world = World::connected(2, FEATURES | MQ);
     for index in 0..4 {
