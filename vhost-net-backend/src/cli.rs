@@ -18,9 +18,12 @@ The control command `status` answers with:
                         what waits for the peer and for the guest
   pair.proxy            figures of the comparison (primary) or of the rewriting (secondary)
   frames.guest_frames, guest_bytes, lan_frames, lan_bytes
-                        what was taken from the guest and from the tap
+                        what was taken from the guest and from the LAN
   frames.guest_malformed, guest_too_long, lan_refused
-                        what the guest sent and is no frame, what did not fit its buffers, what the tap refused
+                        what the guest sent and is no frame, what did not fit its buffers, what the kernel refused
+  frames.lan_missed, lan_unusable
+                        with --interface: what the kernel had no room for until the guest took it, and what was left to
+                        the receiver in a form that nobody here knows
   frames.lan_ignored    what came from the LAN while this side had no business there
   frames.lan_filtered   what came from the LAN and the driver does not want (control queue)
   queue_pairs           the same frames, for each queue pair
@@ -33,9 +36,9 @@ COLO_LOG says how much is logged: error, warn, info (default), debug, trace.";
 /// What `--print-capabilities` prints, as docs/interop/vhost-user.json of QEMU describes it.
 pub const CAPABILITIES: &str = r#"{"type": "net"}"#;
 
-/// Serves a guest's network card over vhost-user and connects it to a tap.
+/// Serves a guest's network card over vhost-user and connects it to a tap or an interface.
 ///
-/// Without more, it is a plain back end: frames pass between the guest and the tap, with what either leaves to the other
+/// Without more, it is a plain back end: frames pass between the guest and the LAN, with what either leaves to the other
 /// (checksums, segmentation). With --protected and a controller on the control socket it is one half of COLO's proxy: on
 /// the primary what the guest receives is mirrored to the peer, and what it sends is held until the secondary has sent
 /// the same.
@@ -86,7 +89,7 @@ pub enum LinkState {
 #[derive(Args, Debug)]
 #[group(skip)]
 #[command(group = ArgGroup::new("socket").required(true).args(["socket_path", "fd"]))]
-#[command(group = ArgGroup::new("lan").required(true).args(["tap", "tap_fd", "macvtap", "null"]))]
+#[command(group = ArgGroup::new("lan").required(true).args(["tap", "tap_fd", "macvtap", "interface", "null"]))]
 #[command(group = ArgGroup::new("control").args(["control_path", "control_fd"]))]
 pub struct Serve {
     /// Unix socket to listen on for the VMM.
@@ -118,6 +121,13 @@ pub struct Serve {
     /// Make it with `ip link add link INTERFACE name NAME type macvtap mode bridge`, with the guest's MAC address.
     #[arg(long, value_name = "NAME")]
     pub macvtap: Option<String>,
+
+    /// Interface of the host to give to the guest: all that comes there is the guest's, and it sends there.
+    ///
+    /// A card, or one end of a veth. It is brought up and made promiscuous; it takes CAP_NET_RAW. The host and its guest
+    /// cannot reach each other through it, and it should neither have an address of the host nor be in a bridge.
+    #[arg(long, value_name = "NAME")]
+    pub interface: Option<String>,
 
     /// No LAN at all, to measure: drop, generate:BYTES or reflect.
     #[arg(long, value_name = "WHAT", conflicts_with = "protected")]
@@ -203,6 +213,7 @@ mod tests {
             "--socket-path s",
             "--tap t",
             "--socket-path s --tap t --null drop",
+            "--socket-path s --tap t --interface i",
             "--socket-path s --tap t --fd 3",
             "--socket-path s --tap t --queue-pairs 0",
             "--socket-path s --tap t --queue-pairs 17",

@@ -15,6 +15,8 @@ pub const LEGACY_HEADER_BYTES: usize = 10;
 
 /// A virtio-net header, without `num_buffers` for a driver from before virtio 1.0.
 pub(crate) type Header = [u8; HEADER_BYTES];
+/// The part of it that all have.
+pub(crate) type LegacyHeader = [u8; LEGACY_HEADER_BYTES];
 
 /// Takes the header off what the guest sends. `None` when the rest is no frame: too short, too long.
 #[inline]

@@ -16,8 +16,7 @@ use vhost_net_backend::cli::{CAPABILITIES, Cli, LinkState, Order, Serve};
 use vhost_net_backend::control::NetHandler;
 use vhost_net_backend::control_queue::ControlQueue;
 use vhost_net_backend::device::{Config, NetDevice};
-use vhost_net_backend::lan::{Port, Tap, TapOptions};
-use vhost_net_backend::offload::Offloads;
+use vhost_net_backend::lan::{Packet, Port, Tap, TapOptions};
 use vhost_net_backend::worker::{Settings, Worker};
 
 fn main() -> ExitCode {
@@ -73,8 +72,8 @@ fn serve(cli: &Serve) -> anyhow::Result<()> {
     let ports = ports(cli, taps)?;
     let (offloads, mtu) = match &ports[0] {
         _ if cli.protected => (0, 1500),
-        Port::Tap(tap) => (Offloads::of_tap(tap.segments_udp()), ports[0].mtu()),
         Port::Null(_) => (0, 1500),
+        port => (port.offloads(), port.mtu()),
     };
     let (senders, mailboxes): (Vec<_>, Vec<_>) =
         ports.iter().map(|_| mailbox()).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
@@ -117,6 +116,10 @@ fn ports(cli: &Serve, taps: Vec<(i32, OwnedFd)>) -> anyhow::Result<Vec<Port>> {
     if let Some(null) = cli.null {
         return Ok(std::iter::repeat_with(|| Port::Null(null)).take(queues).collect());
     }
+    if let Some(name) = &cli.interface {
+        let shares = Packet::open(name, queues, options.headers)?;
+        return Ok(shares.into_iter().map(|share| Port::Packet(Box::new(share))).collect());
+    }
     let taps = match (&cli.tap, &cli.macvtap) {
         (Some(name), _) => Tap::open(name, options)?,
         (None, Some(name)) => Tap::open_macvtap(name, options)?,
@@ -142,7 +145,7 @@ fn start_worker(worker: Worker, pair: usize, core: Option<usize>) -> anyhow::Res
         let _ = pinned_tx.send(core.map_or(Ok(()), pin));
         match worker.run() {
             Ok(never) => match never {},
-            Err(error) => eprintln!("vhost-net-backend: The tap is gone: {error}"),
+            Err(error) => eprintln!("vhost-net-backend: The way to the LAN is gone: {error}"),
         }
     })?;
     pinned.recv()?.context("--core")

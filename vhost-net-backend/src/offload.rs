@@ -11,12 +11,16 @@ use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 
-use crate::frame::{self, FRAME_BYTES_MIN, HEADER_BYTES, Header, LEGACY_HEADER_BYTES};
+use crate::frame::{self, FRAME_BYTES_MIN, HEADER_BYTES, Header, LEGACY_HEADER_BYTES, LegacyHeader};
+use crate::packet::segment::Large;
 
 const HDR_LEN_AT: usize = 2;
 const GSO_SIZE_AT: usize = 4;
 const CSUM_START_AT: usize = 6;
 const CSUM_OFFSET_AT: usize = 8;
+
+const NEEDS_CSUM: u8 = VIRTIO_NET_HDR_F_NEEDS_CSUM as u8;
+const ECN: u8 = VIRTIO_NET_HDR_GSO_ECN as u8;
 
 /// What a driver may leave to the device, and the device to the driver. Each bit with what Linux calls it at a tap, which
 /// is about what the tap gives.
@@ -48,8 +52,8 @@ impl Offloads {
         Self { features }
     }
 
-    /// All that a tap can do. `udp`: its kernel segments UDP too (Linux 6.2).
-    pub fn of_tap(udp: bool) -> u64 {
+    /// All that a tap or another interface of Linux can do. `udp`: the kernel segments UDP too (Linux 6.2).
+    pub fn of_linux(udp: bool) -> u64 {
         let of_udp = [VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6];
         TO_LAN
             .into_iter()
@@ -97,6 +101,28 @@ impl Offloads {
             flags &= !udp;
         }
         flags
+    }
+
+    /// Whether the guest takes a frame that the LAN gives with this header. If it does, no flag is left in it
+    /// that the guest does not know (§5.1.6.4.1).
+    #[inline]
+    pub(crate) fn accept(self, header: &mut LegacyHeader) -> bool {
+        let checksum = self.has(VIRTIO_NET_F_GUEST_CSUM);
+        let accepted = match u32::from(header[1] & !ECN) {
+            VIRTIO_NET_HDR_GSO_NONE => checksum || header[0] & NEEDS_CSUM == 0,
+            VIRTIO_NET_HDR_GSO_TCPV4 => checksum && self.has(VIRTIO_NET_F_GUEST_TSO4),
+            VIRTIO_NET_HDR_GSO_TCPV6 => checksum && self.has(VIRTIO_NET_F_GUEST_TSO6),
+            // as at a tap, only both
+            VIRTIO_NET_HDR_GSO_UDP_L4 => {
+                checksum && self.has(VIRTIO_NET_F_GUEST_USO4) && self.has(VIRTIO_NET_F_GUEST_USO6)
+            }
+            _ => false,
+        };
+        let accepted = accepted && (header[1] & ECN == 0 || self.has(VIRTIO_NET_F_GUEST_ECN));
+        if accepted && !checksum {
+            header[0] = 0;
+        }
+        accepted
     }
 
     /// Takes the header off what the guest sends. `None` when the rest is no frame, or the header is not to be admitted.
@@ -148,6 +174,52 @@ impl Offloads {
     }
 }
 
+/// What the LAN has left to the receiver of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Left {
+    /// Nothing.
+    Nothing,
+    /// The checksum over all from `start` on, to be put `offset` bytes behind it.
+    Checksum {
+        /// Where it begins.
+        start: usize,
+        /// From there.
+        offset: usize,
+    },
+    /// To cut it into segments with so many bytes of payload.
+    Segmentation(Large, usize),
+    /// Something that nobody knows.
+    Unknown,
+}
+
+impl Left {
+    /// As the frame's header says.
+    pub(crate) fn by(header: &LegacyHeader) -> Self {
+        let word = |at: usize| usize::from(u16::from_le_bytes([header[at], header[at + 1]]));
+        let large = match u32::from(header[1] & !ECN) {
+            VIRTIO_NET_HDR_GSO_NONE if header[0] & NEEDS_CSUM == 0 => return Self::Nothing,
+            VIRTIO_NET_HDR_GSO_NONE => {
+                return Self::Checksum { start: word(CSUM_START_AT), offset: word(CSUM_OFFSET_AT) };
+            }
+            VIRTIO_NET_HDR_GSO_TCPV4 => Large::TcpV4,
+            VIRTIO_NET_HDR_GSO_TCPV6 => Large::TcpV6,
+            VIRTIO_NET_HDR_GSO_UDP_L4 => Large::Udp,
+            _ => return Self::Unknown,
+        };
+        Self::Segmentation(large, word(GSO_SIZE_AT))
+    }
+}
+
+/// The frame has become longer by so many bytes before what its header names positions of.
+pub(crate) fn shift_header(header: &mut LegacyHeader, bytes: u16) {
+    let checksum = (header[0] & NEEDS_CSUM != 0).then_some(CSUM_START_AT);
+    let large = (u32::from(header[1]) != VIRTIO_NET_HDR_GSO_NONE).then_some(HDR_LEN_AT);
+    for at in checksum.into_iter().chain(large) {
+        let word = u16::from_le_bytes([header[at], header[at + 1]]).saturating_add(bytes);
+        header[at..at + 2].copy_from_slice(&word.to_le_bytes());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -155,7 +227,7 @@ mod tests {
     use super::*;
 
     fn all() -> u64 {
-        Offloads::of_tap(true) | 1 << VIRTIO_F_VERSION_1
+        Offloads::of_linux(true) | 1 << VIRTIO_F_VERSION_1
     }
 
     fn header(flags: u8, gso: u8, words: [u16; 4]) -> Header {
@@ -211,6 +283,48 @@ mod tests {
         ] {
             assert!(!Offloads::negotiated(all()).admit(&mut { lie }, 4000), "{lie:?}");
         }
+    }
+
+    #[test]
+    fn what_the_lan_leaves_was_negotiated_or_is_ours_to_do() {
+        // flags, type, what it takes, and what there is to do without
+        let (csum, tcp4) = (1 << VIRTIO_NET_F_GUEST_CSUM, 1 << VIRTIO_NET_F_GUEST_TSO4);
+        let udp = 1 << VIRTIO_NET_F_GUEST_USO4 | 1 << VIRTIO_NET_F_GUEST_USO6;
+        let cases = [
+            (0, 0, 0, Left::Nothing),
+            (2, 0, 0, Left::Nothing),
+            (1, 0, csum, Left::Checksum { start: 34, offset: 16 }),
+            (1, 1, csum | tcp4, Left::Segmentation(Large::TcpV4, 1448)),
+            (1, 0x81, csum | tcp4 | 1 << VIRTIO_NET_F_GUEST_ECN, Left::Segmentation(Large::TcpV4, 1448)),
+            (1, 4, csum | 1 << VIRTIO_NET_F_GUEST_TSO6, Left::Segmentation(Large::TcpV6, 1448)),
+            (1, 5, csum | udp, Left::Segmentation(Large::Udp, 1448)),
+        ];
+        for (flags, gso, needed, left) in cases {
+            let given: LegacyHeader = *header(flags, gso, [54, 1448, 34, 16]).first_chunk().unwrap();
+            assert_eq!(Left::by(&given), left);
+            let mut seen = given;
+            assert!(Offloads::negotiated(needed).accept(&mut seen));
+            assert_eq!(seen[0], if needed == 0 { 0 } else { flags });
+            assert_eq!(seen[1..], given[1..]);
+            assert!(Offloads::negotiated(all()).accept(&mut { given }));
+            for bit in (0..64).filter(|bit| needed >> bit & 1 == 1) {
+                assert!(!Offloads::negotiated(all() & !(1 << bit)).accept(&mut { given }), "{given:?}");
+            }
+        }
+        // UDP in fragments (UFO) is no more
+        let given = *header(1, 3, [54, 1448, 34, 16]).first_chunk().unwrap();
+        assert!(!Offloads::negotiated(all()).accept(&mut { given }));
+        assert_eq!(Left::by(&given), Left::Unknown);
+    }
+
+    #[test]
+    fn a_tag_shifts_what_the_header_names() {
+        let mut large = *header(1, 1, [54, 1448, 34, 16]).first_chunk().unwrap();
+        shift_header(&mut large, 4);
+        assert_eq!(large, header(1, 1, [58, 1448, 38, 16])[..10]);
+        let mut none = [0; LEGACY_HEADER_BYTES];
+        shift_header(&mut none, 4);
+        assert_eq!(none, [0; LEGACY_HEADER_BYTES]);
     }
 
     #[test]

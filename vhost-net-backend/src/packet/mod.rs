@@ -5,6 +5,7 @@
 pub mod checksum;
 mod flow;
 mod ip;
+pub mod segment;
 mod tcp;
 
 use std::ops::Range;

@@ -8,7 +8,7 @@ use colo::vhost_user::{Chain, Ring};
 
 use crate::control_queue::{FILTERED_BYTES, Filter};
 use crate::frame::LEGACY_HEADER_BYTES;
-use crate::lan::{IOVECS_MAX, Tap};
+use crate::lan::{IOVECS_MAX, Port};
 
 /// Chains in the order of the ring, and where they are.
 #[derive(Debug, Default)]
@@ -69,12 +69,12 @@ impl Buffers {
     /// `None` when there is no frame.
     ///
     /// # Errors
-    /// The tap is gone.
-    pub(super) fn receive(&mut self, tap: &Tap, spill: &mut [u8]) -> io::Result<Option<usize>> {
+    /// The tap or the interface is gone.
+    pub(super) fn receive(&mut self, port: &mut Port, spill: &mut [u8]) -> io::Result<Option<usize>> {
         self.iovecs.push(libc::iovec { iov_base: spill.as_mut_ptr().cast(), iov_len: spill.len() });
         // SAFETY: the buffers are pieces of chains that are here and keep them mapped, as guest memory, to which no
         // references exist, and a slice that is borrowed for ourselves alone.
-        let received = unsafe { tap.receive(&self.iovecs[self.first..]) };
+        let received = unsafe { port.receive(&self.iovecs[self.first..]) };
         self.iovecs.pop();
         received
     }

@@ -5,7 +5,6 @@ use std::io;
 use super::{BATCH_FRAMES, Mode, Worker};
 use crate::device::{RX, TX};
 use crate::frame::{self, FRAME_BYTES_MIN};
-use crate::lan::Port;
 use crate::protection::Lan;
 
 impl Worker {
@@ -95,7 +94,7 @@ impl Worker {
             if !ring.has_available() {
                 break;
             }
-            let Some(bytes) = read(&self.port, &mut self.frame[..])? else {
+            let Some(bytes) = self.port.read(&mut self.frame[..])? else {
                 break;
             };
             any = true;
@@ -130,15 +129,11 @@ impl Worker {
     /// Keeps the tap from filling up with what will be old when this side may use it.
     pub(super) fn ignore_lan(&mut self) -> io::Result<bool> {
         for count in 0..BATCH_FRAMES {
-            if read(&self.port, &mut self.frame[..])?.is_none() {
+            if self.port.read(&mut self.frame[..])?.is_none() {
                 return Ok(count > 0);
             }
             self.counters.lan_ignored += 1;
         }
         Ok(true)
     }
-}
-
-fn read(port: &Port, frame: &mut [u8]) -> io::Result<Option<usize>> {
-    port.tap().map_or(Ok(None), |tap| tap.read(frame))
 }

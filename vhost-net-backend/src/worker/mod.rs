@@ -30,7 +30,7 @@ use self::buffers::Buffers;
 use crate::control_queue::Filter;
 use crate::device::RX;
 use crate::frame::FRAME_BYTES_MAX;
-use crate::lan::{Outgoing, Port};
+use crate::lan::{Losses, Outgoing, Port};
 use crate::offload::Offloads;
 use crate::protection::{Lan, Protection};
 use crate::proxy::Config;
@@ -101,8 +101,12 @@ pub struct Counters {
     pub guest_malformed: u64,
     /// Frames that did not fit into the guest's buffers.
     pub guest_too_long: u64,
-    /// Frames that the tap did not take.
+    /// Frames that the kernel did not take.
     pub lan_refused: u64,
+    /// Frames for which the kernel had no room until the guest took them, where it tells us.
+    pub lan_missed: u64,
+    /// Frames from an interface that had something left to the receiver that neither the guest nor this program does.
+    pub lan_unusable: u64,
     /// Frames that came from the LAN while this side had no business there.
     pub lan_ignored: u64,
     /// Frames that came from the LAN and that the driver does not want.
@@ -140,6 +144,8 @@ pub struct Worker {
     /// The driver uses this pair to receive.
     receives: bool,
     outgoing: Outgoing,
+    /// There is no room for the guest's next frame before the port says so.
+    port_full: bool,
     mode: Mode,
     polling: Polling,
     counters: Counters,
@@ -180,6 +186,7 @@ impl Worker {
             filter: None,
             receives: true,
             outgoing: Outgoing::default(),
+            port_full: false,
             mode: if settings.protected { Mode::Closed } else { Mode::Plain },
             polling: Polling::new(settings.window),
             counters: Counters::default(),
@@ -192,7 +199,7 @@ impl Worker {
     /// Works for ever.
     ///
     /// # Errors
-    /// The tap is gone.
+    /// The tap or the interface is gone.
     pub fn run(mut self) -> io::Result<Infallible> {
         self.stop_receiving()?;
         let mut idle_since = None;
@@ -289,16 +296,18 @@ impl Worker {
     }
 
     /// Has the LAN's frames come to a pair that the driver uses.
-    fn set_receiving(&self) -> io::Result<()> {
+    fn set_receiving(&mut self) -> io::Result<()> {
         if self.receives { self.port.set_receiving(true) } else { self.stop_receiving() }
     }
 
     /// What comes for a guest that receives nothing waits in the first queue.
-    fn stop_receiving(&self) -> io::Result<()> {
+    fn stop_receiving(&mut self) -> io::Result<()> {
         if self.pair > 0 { self.port.set_receiving(false) } else { Ok(()) }
     }
 
-    fn status(&self) -> Value {
+    fn status(&mut self) -> Value {
+        let Losses { missed, unusable } = self.port.losses();
+        (self.counters.lan_missed, self.counters.lan_unusable) = (missed, unusable);
         let pair = match &self.mode {
             Mode::Plain => json!({ "phase": "plain" }),
             Mode::Closed => json!({ "phase": "closed" }),
@@ -329,14 +338,13 @@ impl Worker {
         // empty.
         let can_receive = rx.as_mut().is_some_and(|ring| ring.enable_notification());
         let can_send = takes_output && tx.as_mut().is_some_and(|ring| ring.enable_notification());
-        if can_send || (can_receive && waiting) {
+        let takes_input = lan == Lan::Ignore || (lan == Lan::Deliver && can_receive);
+        if can_send || (can_receive && waiting) || (takes_input && self.port.has_frame()) {
             return Ok(());
         }
         let mut fds = vec![PollFd::new(&self.orders, PollFlags::IN)];
-        if let Some(tap) = self.port.tap()
-            && (lan == Lan::Ignore || (lan == Lan::Deliver && can_receive))
-        {
-            fds.push(PollFd::new(tap, PollFlags::IN));
+        if let Some(incoming) = self.port.incoming().filter(|_| takes_input) {
+            fds.push(PollFd::from_borrowed_fd(incoming, PollFlags::IN));
         }
         if let Some(ring) = rx.as_ref().filter(|_| !can_receive && (waiting || lan == Lan::Deliver)) {
             fds.push(PollFd::from_borrowed_fd(ring.kick_fd(), PollFlags::IN));
@@ -354,16 +362,20 @@ impl Worker {
                 fds.push(PollFd::new(link, events));
             }
         }
-        let limit = protection
-            .and_then(|protection| protection.due_in_us())
-            .map(|us| Timespec { tv_sec: (us / 1_000_000) as i64, tv_nsec: (us % 1_000_000 * 1000) as i64 });
-        match poll(&mut fds, limit.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        if fds[0].revents().contains(PollFlags::IN) {
+        let due = protection.and_then(|protection| protection.due_in_us()).map(Duration::from_micros);
+        if sleep_until_any(&mut fds, due.into_iter().chain(self.port.sleep_max()).min())? {
             self.orders.rearm();
         }
         Ok(())
+    }
+}
+
+/// Waits for one of the descriptors, no longer than that. Returns whether it was the first.
+fn sleep_until_any(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> io::Result<bool> {
+    let limit =
+        limit.map(|limit| Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() });
+    match poll(fds, limit.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(fds[0].revents().contains(PollFlags::IN)),
+        Err(errno) => Err(errno.into()),
     }
 }

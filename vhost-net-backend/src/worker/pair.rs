@@ -126,7 +126,7 @@ impl Worker {
                 Action::ToLan(frame) => {
                     // the proxy wants this in no other phase; if it did, the other side may have won (rule 3)
                     if matches!(protection.phase, Phase::Paired | Phase::Alone) {
-                        let sent = self.port.tap().is_some_and(|tap| tap.write(frame));
+                        let sent = self.port.write(frame);
                         self.counters.lan_refused += u64::from(!sent);
                     }
                 }

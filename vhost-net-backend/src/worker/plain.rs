@@ -1,14 +1,14 @@
-//! The way of frames without a peer: between the guest's memory and a tap.
+//! The way of frames without a peer: between the guest's memory and a tap or an interface.
 
 use std::io;
 
 use colo::vhost_user::Ring;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags};
 
-use super::{BATCH_FRAMES, Mode, Worker};
+use super::{BATCH_FRAMES, Mode, Worker, sleep_until_any};
 use crate::device::{RX, TX};
 use crate::frame::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
-use crate::lan::{Null, Port};
+use crate::lan::{Null, Port, Sent};
 use crate::proxy::rarp_request;
 
 /// So many answers are made the driver's together.
@@ -27,26 +27,34 @@ impl Worker {
 
     /// The guest → the LAN.
     pub(super) fn transmit(&mut self) -> bool {
-        let tap = match &self.port {
-            Port::Tap(tap) => tap,
-            Port::Null(null) => return self.transmit_to_null(*null),
-        };
+        if let Port::Null(null) = &self.port {
+            return self.transmit_to_null(*null);
+        }
+        self.port_full = false;
         let Some(ring) = &mut self.rings[TX] else {
             return false;
         };
-        let header_bytes = self.offloads.header_bytes();
         let mut done = 0;
         while done < BATCH_FRAMES && ring.pop(&mut self.chain) {
-            done += 1;
             if let Some(header) = self.offloads.take_header(&mut self.chain) {
+                let sent = if self.link_up {
+                    self.port.send(&header, &self.chain, &mut self.outgoing)
+                } else {
+                    Sent::Refused
+                };
+                if sent == Sent::Later {
+                    ring.undo_pop(&self.chain);
+                    self.port_full = true;
+                    break;
+                }
                 self.counters.guest_frames += 1;
                 self.counters.guest_bytes += u64::from(self.chain.readable_bytes());
-                let sent = self.link_up && tap.send(&header[..header_bytes], &self.chain, &mut self.outgoing);
-                self.counters.lan_refused += u64::from(!sent);
+                self.counters.lan_refused += u64::from(sent == Sent::Refused);
             } else {
                 self.counters.guest_malformed += 1;
             }
             ring.add_used(self.chain.head(), 0);
+            done += 1;
             if done % PUBLISH_FRAMES == 0 {
                 ring.publish_used();
             }
@@ -60,18 +68,18 @@ impl Worker {
         if !self.receives {
             return Ok(false);
         }
-        let tap = match &self.port {
-            Port::Tap(tap) => tap,
+        match &self.port {
+            Port::Tap(_) | Port::Packet(_) => {}
             Port::Null(Null::Generate(bytes)) => return Ok(self.generate(*bytes)),
             Port::Null(_) => return Ok(false),
-        };
+        }
         let Some(ring) = &mut self.rings[RX] else {
             return Ok(false);
         };
         let header_bytes = self.offloads.header_bytes();
         let mut done = 0;
         while done < BATCH_FRAMES && self.buffers.take(ring, self.offloads.mergeable(), self.frame_room) {
-            let Some(bytes) = self.buffers.receive(tap, &mut self.frame[..])? else {
+            let Some(bytes) = self.buffers.receive(&mut self.port, &mut self.frame[..])? else {
                 break;
             };
             done += 1;
@@ -109,18 +117,17 @@ impl Worker {
     /// Sends a RARP request (RFC 903) from the guest's address, by which switches learn the port. The halves of a pair know
     /// better when to: a guest of theirs does not migrate.
     pub(super) fn announce(&self, mac: [u8; 6]) {
-        if let Some(tap) = self.port.tap().filter(|_| self.is_plain() && self.link_up) {
-            let mut frame = vec![0; self.offloads.header_bytes()];
-            frame.extend(rarp_request(mac));
-            frame.resize(self.offloads.header_bytes() + ETHERNET_FRAME_BYTES_MIN, 0);
-            tap.write(&frame);
+        if self.is_plain() && self.link_up {
+            let mut frame = rarp_request(mac);
+            frame.resize(ETHERNET_FRAME_BYTES_MIN, 0);
+            self.port.write(&frame);
         }
     }
 
     /// Waits for something to do. Returns at once if there is something already.
     pub(super) fn sleep_plain(&mut self) -> io::Result<()> {
         let [rx, tx] = &mut self.rings;
-        let can_send = tx.as_mut().is_some_and(|ring| ring.enable_notification());
+        let can_send = !self.port_full && tx.as_mut().is_some_and(|ring| ring.enable_notification());
         let (mergeable, room) = (self.offloads.mergeable(), self.frame_room);
         // A buffer for the guest's next frame is no work, the frame is; so the receive queue is waited for only while it is
         // short.
@@ -129,8 +136,12 @@ impl Worker {
                 || ring.enable_notification() && self.buffers.take(ring, mergeable, room)
         };
         let mut rx = rx.as_mut().filter(|_| self.receives);
-        let (ready, tap) = match (&self.port, rx.as_deref_mut()) {
-            (Port::Tap(tap), rx) => (can_send, rx.is_some_and(enough).then_some(tap)),
+        let (ready, incoming) = match (&self.port, rx.as_deref_mut()) {
+            (Port::Tap(_) | Port::Packet(_), rx) => {
+                let can_receive = rx.is_some_and(enough);
+                let incoming = self.port.incoming().filter(|_| can_receive);
+                (can_send || can_receive && self.port.has_frame(), incoming)
+            }
             (Port::Null(Null::Drop), _) => (can_send, None),
             (Port::Null(null), rx) => {
                 let can_receive = rx.is_some_and(|ring| ring.enable_notification());
@@ -145,19 +156,17 @@ impl Worker {
             return Ok(());
         }
         let mut fds = vec![PollFd::new(&self.orders, PollFlags::IN)];
-        match (tap, rx) {
-            (Some(tap), _) => fds.push(PollFd::new(tap, PollFlags::IN)),
+        match (incoming, rx) {
+            (Some(incoming), _) => fds.push(PollFd::from_borrowed_fd(incoming, PollFlags::IN)),
             (None, Some(ring)) => fds.push(PollFd::from_borrowed_fd(ring.kick_fd(), PollFlags::IN)),
             (None, None) => {}
         }
-        if let Some(ring) = tx {
-            fds.push(PollFd::from_borrowed_fd(ring.kick_fd(), PollFlags::IN));
+        match (tx, self.port.outgoing().filter(|_| self.port_full)) {
+            (_, Some(outgoing)) => fds.push(PollFd::from_borrowed_fd(outgoing, PollFlags::OUT)),
+            (Some(ring), None) => fds.push(PollFd::from_borrowed_fd(ring.kick_fd(), PollFlags::IN)),
+            (None, None) => {}
         }
-        match poll(&mut fds, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        if fds[0].revents().contains(PollFlags::IN) {
+        if sleep_until_any(&mut fds, self.port.sleep_max())? {
             self.orders.rearm();
         }
         Ok(())
