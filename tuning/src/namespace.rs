@@ -5,10 +5,12 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde_json::Value;
 
 /// A named network namespace. Removing it is the laboratory's business, see `run.rs`.
 #[derive(Debug)]
@@ -62,7 +64,26 @@ impl Namespace {
     /// What `ip` says.
     pub fn ip(&self, words: &str) -> Result<()> {
         let arguments: Vec<&str> = ["-n", &self.name].into_iter().chain(words.split_whitespace()).collect();
-        ip(&arguments)
+        ip(&arguments).map(drop)
+    }
+
+    /// Waits until a port of a bridge passes frames on. The kernel may take a second for that after its cable is plugged in,
+    /// or its tap opened.
+    ///
+    /// # Errors
+    /// It is no port, or does not within some seconds.
+    pub fn await_port(&self, port: &str) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            let said = ip(&["-n", &self.name, "-details", "-json", "link", "show", port])?;
+            let links: Value = serde_json::from_str(&said).with_context(|| format!("ip says {said:?}"))?;
+            let state = links.pointer("/0/linkinfo/info_slave_data/state").and_then(Value::as_str);
+            match state.with_context(|| format!("{port} is no port of a bridge: {said}"))? {
+                "forwarding" => return Ok(()),
+                state => ensure!(Instant::now() < deadline, "The port {port} is {state}"),
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Runs `work` on a thread inside. Sockets that it opens and processes that it starts stay inside for good.
@@ -120,14 +141,14 @@ impl Namespace {
                 // one that has ended since is what we want
                 let _ = kill_process(pid, Signal::KILL);
             }
-            thread::sleep(std::time::Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
         bail!("Processes in namespace {} cannot be killed: {:?}", self.name, self.processes()?)
     }
 }
 
-/// Runs `ip` with these arguments.
-pub(crate) fn ip(arguments: &[&str]) -> Result<()> {
+/// Runs `ip` with these arguments. Returns what it prints.
+pub(crate) fn ip(arguments: &[&str]) -> Result<String> {
     let output = std::process::Command::new("ip")
         .args(arguments)
         .output()
@@ -138,5 +159,5 @@ pub(crate) fn ip(arguments: &[&str]) -> Result<()> {
         arguments.join(" "),
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use colo_bench::command_line::{Sides, run};
-use colo_bench::net::{self, Card, Lan, Load, Measured, Way, guest};
+use colo_bench::net::{self, Card, Lan, Load, MERGED, Measured, Way, guest};
 use colo_bench::others::Others;
 use colo_bench::report::{self, Row, median};
 use colo_bench::{Place, Server};
@@ -91,8 +91,8 @@ enum Work {
     Load(Way, Lan),
     /// DPDK's frontend does.
     Frontend(Way, Lan),
-    /// Frames that wait in a tap are taken.
-    Drain,
+    /// Frames that wait in a tap are taken, by a driver with these further features.
+    Drain(u64),
     /// The kernel answers ICMP echo requests.
     Ping,
 }
@@ -115,7 +115,8 @@ impl Case {
         add(|_| Work::Frontend(Way::Transmit, Lan::Drop));
         add(|bytes| Work::Frontend(Way::Receive, Lan::Generate(bytes)));
         add(|_| Work::Load(Way::Transmit, Lan::Tap));
-        add(|_| Work::Drain);
+        add(|_| Work::Drain(0));
+        add(|_| Work::Drain(MERGED));
         cases.push(Self { work: Work::Load(Way::RoundTrip, Lan::Reflect), frame_bytes: 64 });
         cases.push(Self { work: Work::Ping, frame_bytes: 98 });
         cases
@@ -130,7 +131,8 @@ impl Case {
             Work::Load(Way::RoundTrip, _) => "one frame there and back",
             Work::Frontend(Way::Transmit, _) => "DPDK's frontend to back end",
             Work::Frontend(..) => "back end to DPDK's frontend",
-            Work::Drain => "out of a tap",
+            Work::Drain(0) => "out of a tap",
+            Work::Drain(_) => "out of a tap, large frames possible",
             Work::Ping => "ICMP echo by a tap",
         };
         format!("{what}, {} B", self.frame_bytes)
@@ -139,7 +141,7 @@ impl Case {
     fn lan(&self) -> Lan {
         match self.work {
             Work::Load(_, lan) | Work::Frontend(_, lan) => lan,
-            Work::Drain => Lan::Tap,
+            Work::Drain(_) => Lan::Tap,
             Work::Ping => Lan::Host,
         }
     }
@@ -152,7 +154,7 @@ impl Case {
     /// What of testpmd it is compared with, and the target.
     fn testpmd(&self) -> Option<(&'static str, f64)> {
         match self.work {
-            Work::Drain => None,
+            Work::Drain(_) => None,
             Work::Load(Way::Transmit, Lan::Tap) => Some(("testpmd net_tap", 2.0)),
             Work::Ping => Some(("testpmd net_tap", 1.0 / 0.8)),
             Work::Load(Way::RoundTrip, _) => Some(("testpmd net_vhost", 1.0 / 1.2)),
@@ -164,7 +166,7 @@ impl Case {
     fn bare(&self) -> Option<(&'static str, f64)> {
         match self.work {
             Work::Load(Way::Transmit, Lan::Tap) => Some(("bare loop of writes", 0.9)),
-            Work::Drain => Some(("bare loop of reads", 0.9)),
+            Work::Drain(_) => Some(("bare loop of reads", 0.9)),
             _ => None,
         }
     }
@@ -264,14 +266,15 @@ fn measure(place: Place<'_>, sides: &Sides, case: &Case, server: &Server) -> Res
         if let Work::Frontend(way, _) = work {
             return net::frontend(place, core, server.socket(), way, frame_bytes);
         }
-        let mut card = Card::open(server.socket(), DEPTH)?;
+        let features = if let Work::Drain(features) = work { features } else { 0 };
+        let mut card = Card::open_with(server.socket(), DEPTH, features)?;
         Ok(match work {
             Work::Load(way, _) => {
                 let load = Load { way, frame_bytes, core, duration };
                 let Measured { frames_per_s, p50_us, .. } = net::load::run(&mut card, &load)?;
                 if case.is_time() { p50_us } else { frames_per_s }
             }
-            Work::Drain => net::drain::device(&mut card, place.namespace, core, frame_bytes, duration)?,
+            Work::Drain(_) => net::drain::device(&mut card, place.namespace, core, frame_bytes, duration)?,
             Work::Ping => net::ping::run(&mut card, core, duration)?.p50_us,
             Work::Frontend(..) => unreachable!("it has no card of ours"),
         })
@@ -283,7 +286,7 @@ fn measure(place: Place<'_>, sides: &Sides, case: &Case, server: &Server) -> Res
 fn measure_bare(place: Place<'_>, sides: &Sides, case: &Case) -> Result<f64> {
     let duration = sides.duration();
     match case.work {
-        Work::Drain => {
+        Work::Drain(_) => {
             let cores = (sides.client_core, sides.server_core);
             net::drain::bare(place.namespace, cores, case.frame_bytes, duration)
         }

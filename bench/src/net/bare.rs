@@ -17,14 +17,15 @@ use super::server::TAP;
 const BUFFERS: usize = 256;
 const STRIDE: usize = 2048;
 
-/// Opens a tap as a back end does for a driver of today.
+/// Opens a tap, a port of the bridge, as a back end does for a driver of today.
 ///
 /// # Errors
 /// There is no tap of that name.
-pub(super) fn open(name: &str) -> Result<Tap> {
-    let taps = Tap::open(name, TapOptions { queues: 1, headers: true })?;
-    let tap = taps.into_iter().next().context("One queue")?;
+pub(super) fn open(namespace: &Namespace, name: &str) -> Result<Tap> {
+    let taps = namespace.run(|| Tap::open(name, TapOptions { queues: 1, headers: true }))??;
+    let mut tap = taps.into_iter().next().context("One queue")?;
     tap.set_offloads(Offloads::negotiated(1 << VIRTIO_F_VERSION_1))?;
+    namespace.await_port(name)?;
     Ok(tap)
 }
 
@@ -33,8 +34,8 @@ pub(super) fn open(name: &str) -> Result<Tap> {
 /// # Errors
 /// There is no tap, or it takes nothing.
 pub fn write(namespace: &Namespace, core: usize, frame_bytes: usize, duration: Duration) -> Result<f64> {
-    let work = || -> Result<f64> {
-        let tap = open(TAP)?;
+    let tap = open(namespace, TAP)?;
+    on_core(core, || {
         let mut buffers = vec![0; BUFFERS * STRIDE];
         for frame in buffers.chunks_mut(STRIDE) {
             frame[HEADER_BYTES..][..ETHERNET_BYTES].copy_from_slice(&FROM_GUEST);
@@ -48,6 +49,5 @@ pub fn write(namespace: &Namespace, core: usize, frame_bytes: usize, duration: D
         }
         #[expect(clippy::cast_precision_loss, reason = "frames of one run")]
         Ok(written as f64 / began.elapsed().as_secs_f64())
-    };
-    namespace.run(|| on_core(core, work))?
+    })
 }

@@ -8,6 +8,9 @@ use vhost::VhostBackend;
 use vhost::vhost_user::Frontend;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_MRG_RXBUF,
+};
 
 use crate::driver::{self, Descriptor, Memory, Notifiers, Place, Ring, WRITABLE};
 
@@ -109,11 +112,16 @@ impl Queue {
     }
 }
 
+/// What a driver takes that receives large frames in several buffers.
+pub const MERGED: u64 =
+    1 << VIRTIO_NET_F_MRG_RXBUF | 1 << VIRTIO_NET_F_GUEST_CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
+
 /// A running card, seen from the guest.
 pub struct Card {
     frontend: Frontend,
     pub(super) rx: Queue,
     pub(super) tx: Queue,
+    merged: bool,
 }
 
 impl Card {
@@ -122,6 +130,14 @@ impl Card {
     /// # Errors
     /// The server refuses something.
     pub fn open(socket: &Path, depth: u16) -> Result<Self> {
+        Self::open_with(socket, depth, 0)
+    }
+
+    /// The same for a driver with more features than it needs to receive one frame in one buffer, such as [`MERGED`].
+    ///
+    /// # Errors
+    /// The server refuses something.
+    pub fn open_with(socket: &Path, depth: u16, features: u64) -> Result<Self> {
         ensure!((1..=1024).contains(&depth), "A depth of {depth}: choose 1 to 1024");
         // not MQ: for a card that counts pairs with some servers and queues with others
         let wanted = VhostUserProtocolFeatures::REPLY_ACK;
@@ -129,12 +145,19 @@ impl Card {
         let rx = Place::new(0, depth);
         let tx = Place::new(rx.end + STRIDE * usize::from(depth), depth);
         let memory = Memory::new(tx.end + STRIDE * usize::from(depth))?;
-        driver::set_memory(&frontend, offered, 1 << VIRTIO_F_VERSION_1, &memory)?;
+        driver::set_memory(&frontend, offered, 1 << VIRTIO_F_VERSION_1 | features, &memory)?;
         let (rx, tx) = (Queue::new(&memory, rx, depth)?, Queue::new(&memory, tx, depth)?);
         for (index, queue) in [&rx, &tx].into_iter().enumerate() {
             driver::start_queue(&mut frontend, index, &memory, &queue.place, &queue.notifiers)?;
         }
-        Ok(Self { frontend, rx, tx })
+        Ok(Self { frontend, rx, tx, merged: features & MERGED == MERGED })
+    }
+
+    /// How many buffers a device may keep without a frame in them: it takes none before there is room for the largest, an IP
+    /// packet with its headers.
+    pub(super) fn buffers_kept(&self) -> usize {
+        let largest = HEADER_BYTES + ETHERNET_BYTES + 8 + 65_535;
+        if self.merged { largest / STRIDE } else { 0 }
     }
 
     /// Gives the device all buffers for what the guest receives, if it receives at all, and sends that many frames,

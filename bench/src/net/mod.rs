@@ -10,7 +10,7 @@ pub mod ping;
 mod server;
 mod testpmd;
 
-pub use card::Card;
+pub use card::{Card, MERGED};
 pub use load::{Load, Measured, Way};
 pub use server::{Lan, add_lan};
 pub use testpmd::frontend;

@@ -54,7 +54,7 @@ pub fn add_lan(namespace: &Namespace) -> Result<()> {
     for other in ["far", "lan"] {
         namespace.ip(&format!("link set {other} up"))?;
     }
-    Ok(())
+    namespace.await_port("cable")
 }
 
 impl Server {
@@ -77,6 +77,10 @@ impl Server {
             }
         };
         command.args(more);
-        Self::start(place, command, socket, "ours")
+        let server = Self::start(place, command, socket, "ours")?;
+        if lan == Lan::Tap {
+            place.namespace.await_port(TAP)?;
+        }
+        Ok(server)
     }
 }

@@ -51,10 +51,14 @@ impl Server {
         }
         let mut server =
             Self::start(place, testpmd(main_core, place.core, &devices, &options), socket, "testpmd")?;
-        if lan == Lan::Host {
-            // it takes the tap down and up, which neighbours do not survive
+        // it takes the tap down and up at its start, which neighbours do not survive
+        if matches!(lan, Lan::Tap | Lan::Host) {
             server.await_output("packets/burst")?;
-            ping::set_address(place.namespace, MULTI_QUEUE_HOST_TAP)?;
+        }
+        match lan {
+            Lan::Tap => place.namespace.await_port(MULTI_QUEUE_TAP)?,
+            Lan::Host => ping::set_address(place.namespace, MULTI_QUEUE_HOST_TAP)?,
+            _ => {}
         }
         Ok(server)
     }
