@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use colo::vhost_user::Chain;
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat};
 
-use super::pieces::{IOVECS_MAX, Outgoing, Sent, write_behind};
+use super::pieces::{Outgoing, Sent, read_pieces, write_behind};
 use super::{LanError, interface};
 use crate::frame::{HEADER_BYTES, Header};
 use crate::offload::Offloads;
@@ -248,20 +248,14 @@ impl Tap {
     /// The buffers are mapped and stay so, and no reference to them exists.
     pub(crate) unsafe fn receive(&self, buffers: &[libc::iovec]) -> io::Result<Option<usize>> {
         loop {
-            let count = buffers.len().min(IOVECS_MAX) as libc::c_int;
-            // SAFETY: the buffers are the caller's promise.
-            let bytes = unsafe { libc::readv(self.fd.as_raw_fd(), buffers.as_ptr(), count) };
-            if bytes > 0 {
-                return Ok(Some(bytes as usize));
-            }
-            if bytes == 0 {
+            // SAFETY: the caller's promise.
+            match unsafe { read_pieces(self.fd.as_fd(), buffers) } {
                 // a tap has no end; what stands for it in a test has
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                error if error.kind() == io::ErrorKind::Interrupted => {}
-                error => return Err(error),
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
     }

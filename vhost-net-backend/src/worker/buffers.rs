@@ -8,7 +8,12 @@ use colo::vhost_user::{Chain, Ring};
 
 use crate::control_queue::{FILTERED_BYTES, Filter};
 use crate::frame::LEGACY_HEADER_BYTES;
-use crate::lan::{IOVECS_MAX, Port};
+use crate::lan::{IOVECS_MAX, Port, scatter};
+
+/// A frame with its header that is no longer is small: it came from a LAN of ordinary Ethernet and is in one piece.
+const SMALL_BYTES: usize = 2048;
+/// After so many of them the next is expected to be small as well.
+const SMALL_FRAMES: u32 = 16;
 
 /// Chains in the order of the ring, and where they are.
 #[derive(Debug, Default)]
@@ -20,6 +25,8 @@ pub(super) struct Buffers {
     iovecs: Vec<libc::iovec>,
     first: usize,
     bytes: usize,
+    /// How many frames in a row were no longer than [`SMALL_BYTES`].
+    small_frames: u32,
 }
 
 // SAFETY: the pointers are into guest memory that the chains, which are here as well, keep mapped.
@@ -65,18 +72,79 @@ impl Buffers {
         true
     }
 
-    /// Reads a frame with its header into them, and what does not fit into `spill`. Returns the length of all of it;
-    /// `None` when there is no frame.
+    /// Reads a frame with its header into them. It has `bytes_max` at most, unless the LAN has changed. Returns the length of
+    /// all of it, which is more than [`Self::room`] when it does not fit; `None` when there is no frame.
     ///
     /// # Errors
     /// The tap or the interface is gone.
-    pub(super) fn receive(&mut self, port: &mut Port, spill: &mut [u8]) -> io::Result<Option<usize>> {
-        self.iovecs.push(libc::iovec { iov_base: spill.as_mut_ptr().cast(), iov_len: spill.len() });
-        // SAFETY: the buffers are pieces of chains that are here and keep them mapped, as guest memory, to which no
-        // references exist, and a slice that is borrowed for ourselves alone.
-        let received = unsafe { port.receive(&self.iovecs[self.first..]) };
-        self.iovecs.pop();
-        received
+    pub(super) fn receive(
+        &mut self,
+        port: &mut Port,
+        spill: &mut [u8],
+        bytes_max: usize,
+    ) -> io::Result<Option<usize>> {
+        let (pieces, bytes) = self.direct();
+        let received = if bytes > bytes_max {
+            // SAFETY: the buffers are pieces of chains that are here and keep them mapped, as guest memory, to which no
+            // references exist.
+            let received = unsafe { port.receive(&self.iovecs[self.first..][..pieces]) }?;
+            // one that fills them is longer than it may be, and was perhaps cut off
+            received.map(|frame| if frame < bytes { frame } else { frame.max(self.bytes + 1) })
+        } else {
+            self.receive_beyond(pieces, bytes, port, spill)?
+        };
+        if let Some(frame) = received {
+            self.small_frames = if frame <= SMALL_BYTES { self.small_frames.saturating_add(1) } else { 0 };
+        }
+        Ok(received)
+    }
+
+    /// The first of the pieces, into which a frame is read, and their bytes. The kernel looks at each piece that it is given,
+    /// so while frames are small it gets few of them.
+    fn direct(&self) -> (usize, usize) {
+        let pieces = &self.iovecs[self.first..];
+        if self.small_frames >= SMALL_FRAMES {
+            let mut bytes = 0;
+            for (at, piece) in pieces.iter().enumerate() {
+                bytes += piece.iov_len;
+                if bytes >= SMALL_BYTES {
+                    return (at + 1, bytes);
+                }
+            }
+        }
+        (pieces.len(), self.bytes)
+    }
+
+    /// Reads a frame into the first `pieces`, which have `bytes`, and what does not fit into `spill`, from where it is copied
+    /// into the other pieces, as far as there is room.
+    fn receive_beyond(
+        &mut self,
+        pieces: usize,
+        bytes: usize,
+        port: &mut Port,
+        spill: &mut [u8],
+    ) -> io::Result<Option<usize>> {
+        let end = self.first + pieces;
+        let beyond = libc::iovec { iov_base: spill.as_mut_ptr().cast(), iov_len: spill.len() };
+        // it stands in the place of the next piece meanwhile
+        let next = self.iovecs.get(end).copied();
+        match next {
+            Some(_) => self.iovecs[end] = beyond,
+            None => self.iovecs.push(beyond),
+        }
+        // SAFETY: as in `receive`, and a slice that is borrowed for ourselves alone.
+        let received = unsafe { port.receive(&self.iovecs[self.first..=end]) };
+        match next {
+            Some(next) => self.iovecs[end] = next,
+            None => self.iovecs.truncate(end),
+        }
+        let received = received?;
+        if let Some(spilled) = received.and_then(|frame| frame.checked_sub(bytes)).filter(|_| next.is_some())
+        {
+            // SAFETY: as in `receive`.
+            unsafe { scatter(&self.iovecs[end..], 0, &spill[..spilled.min(spill.len())]) };
+        }
+        Ok(received)
     }
 
     /// The frame's bytes that fit.

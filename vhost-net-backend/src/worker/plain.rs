@@ -79,7 +79,8 @@ impl Worker {
         let header_bytes = self.offloads.header_bytes();
         let mut done = 0;
         while done < BATCH_FRAMES && self.buffers.take(ring, self.offloads.mergeable(), self.frame_room) {
-            let Some(bytes) = self.buffers.receive(&mut self.port, &mut self.frame[..])? else {
+            let Some(bytes) = self.buffers.receive(&mut self.port, &mut self.frame[..], self.frame_room)?
+            else {
                 break;
             };
             done += 1;
