@@ -60,12 +60,21 @@ pub(super) fn is_ethernet(name: &str) -> io::Result<bool> {
 
 /// Why the host's own stack or bridge uses the interface as well, if it does.
 pub(super) fn other_user(name: &str) -> Option<&'static str> {
-    if ask(libc::SIOCGIFADDR, name).is_ok() {
+    if ask(libc::SIOCGIFADDR, name).is_ok() || has_global_ipv6(name) {
         return Some("has an address of this host");
     }
     // only a warning depends on it, so that another namespace's /sys does no harm
     let in_bridge = std::path::Path::new("/sys/class/net").join(name).join("brport").exists();
     in_bridge.then_some("is a port of a bridge")
+}
+
+/// An address that is no link-local one, which every interface has: the fourth field is the scope (proc(5)).
+fn has_global_ipv6(name: &str) -> bool {
+    let addresses = std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+    addresses.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields.last() == Some(&name) && fields.get(3) == Some(&"00")
+    })
 }
 
 /// Brings it up if it is down.

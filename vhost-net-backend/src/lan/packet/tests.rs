@@ -136,6 +136,20 @@ fn what_is_no_interface_is_refused() {
 }
 
 #[test]
+fn an_interface_that_the_host_uses_is_found_out() {
+    with_cable(|| {
+        assert_eq!(interface::other_user("port"), None);
+        ip("address add 10.0.0.1/24 dev port");
+        assert_eq!(interface::other_user("port"), Some("has an address of this host"));
+        ip("address flush dev port");
+        assert_eq!(interface::other_user("port"), None);
+        drop(std::fs::write("/proc/sys/net/ipv6/conf/port/disable_ipv6", "0"));
+        ip("address add fd77::1/64 dev port nodad");
+        assert_eq!(interface::other_user("port"), Some("has an address of this host"));
+    });
+}
+
+#[test]
 fn frames_pass_and_none_comes_back() {
     with_cable(|| {
         let mut port = Packet::open("port", 1, false).unwrap().remove(0);

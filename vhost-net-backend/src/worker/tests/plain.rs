@@ -61,6 +61,32 @@ fn frames_wait_in_the_tap_for_buffers_and_for_the_ring() {
 }
 
 #[test]
+fn what_the_lan_has_no_room_for_waits_in_the_ring() {
+    let mut bench = Bench::start(false);
+    bench.start_rings([0, 0]);
+    let mut sent = 0;
+    loop {
+        assert!(sent < 10_000, "no end of room");
+        bench.guest_sends(&frame(&format!("frame {sent}")));
+        sent += 1;
+        if bench.queues[TX].used(MOMENT).is_none() {
+            break;
+        }
+    }
+    // nothing else is kept up by it
+    bench.offer_buffer();
+    bench.lan_sends(&frame("in"));
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("in")));
+    for number in 0..sent {
+        assert_eq!(bench.lan_receives(LIMIT), Some(frame(&format!("frame {number}"))));
+    }
+    assert!(bench.queues[TX].used(LIMIT).is_some());
+    assert_eq!(bench.lan_receives(MOMENT), None);
+    assert_eq!(bench.status("/frames/guest_frames"), sent);
+    assert_eq!(bench.status("/frames/lan_refused"), 0);
+}
+
+#[test]
 fn what_is_no_frame_or_does_not_fit_is_counted_and_does_no_harm() {
     let mut bench = Bench::start(false);
     bench.start_rings([0, 0]);
