@@ -13,6 +13,7 @@ use colo_bench::net::Card as Frontend;
 use colo_lab::{
     BackEnd, Card, Dice, Disk, DiskGuest, DiskGuestImage, GUEST, Host, INCOMING, Lab, MAC, Migration, Side,
 };
+use vhost_net_backend::lan::Packet;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const GUEST_V6: &str = "fd77::10";
@@ -26,6 +27,10 @@ fn main() -> ExitCode {
         ("a_thousand_pages_come_whole_over_http", a_thousand_pages_come_whole_over_http),
         ("guests_are_in_a_vlan", guests_are_in_a_vlan),
         ("a_guest_shares_a_card_of_the_host_by_macvtap", a_guest_shares_a_card_by_macvtap),
+        ("a_guest_has_an_interface_of_the_host", a_guest_has_an_interface_of_the_host),
+        ("several_queue_pairs_share_an_interface", several_queue_pairs_share_an_interface),
+        ("vlan_tags_pass_an_interface", vlan_tags_pass_an_interface),
+        ("an_interface_goes_down_and_away", an_interface_goes_down_and_away),
         ("tcp_goes_on_when_the_back_end_was_killed", tcp_goes_on_when_the_back_end_was_killed),
         ("what_a_guest_has_received_migrates_with_it", what_a_guest_has_received_migrates_with_it),
         ("a_thousand_guests_leave_nothing_behind", a_thousand_guests_leave_nothing_behind),
@@ -173,10 +178,11 @@ const HOST_TSO4: usize = 11;
 const MRG_RXBUF: usize = 15;
 const MQ: usize = 22;
 
+/// What the guest may leave to the LAN, the LAN to the guest, and whether buffers may be merged.
+type Choice = (bool, bool, bool);
+
 fn what_is_left_to_the_other_side_arrives_whole() -> Result<()> {
-    let no_sending = ",csum=off,gso=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off";
-    let no_merging = ",mrg_rxbuf=off";
-    for (sending, receiving, merging) in [
+    let choices = [
         (true, true, true),
         (true, true, false),
         (true, false, true),
@@ -185,36 +191,42 @@ fn what_is_left_to_the_other_side_arrives_whole() -> Result<()> {
         (false, true, false),
         (false, false, true),
         (false, false, false),
+    ];
+    choices.into_iter().try_for_each(|choice| arrives_whole(choice, |properties| World::boot(1, properties)))
+}
+
+fn arrives_whole(
+    (sending, receiving, merging): Choice,
+    boot: impl FnOnce(&str) -> Result<World>,
+) -> Result<()> {
+    let no_sending = ",csum=off,gso=off,host_tso4=off,host_tso6=off,host_ecn=off,host_ufo=off";
+    let no_merging = ",mrg_rxbuf=off";
+    let choice = |on: bool, off: &'static str| if on { "" } else { off };
+    let properties =
+        [choice(sending, no_sending), choice(receiving, NO_RECEIVING), choice(merging, no_merging)].concat();
+    let case = format!("sending {sending}, receiving {receiving}, merging {merging}");
+    let mut world = boot(&properties)?;
+    for (bit, wanted) in [
+        (CSUM, sending),
+        (HOST_TSO4, sending),
+        (GUEST_CSUM, receiving),
+        (GUEST_TSO4, receiving),
+        (MRG_RXBUF, merging),
     ] {
-        let choice = |on: bool, off: &'static str| if on { "" } else { off };
-        let properties =
-            [choice(sending, no_sending), choice(receiving, NO_RECEIVING), choice(merging, no_merging)]
-                .concat();
-        let case = format!("sending {sending}, receiving {receiving}, merging {merging}");
-        let mut world = World::boot(1, &properties)?;
-        for (bit, wanted) in [
-            (CSUM, sending),
-            (HOST_TSO4, sending),
-            (GUEST_CSUM, receiving),
-            (GUEST_TSO4, receiving),
-            (MRG_RXBUF, merging),
-        ] {
-            ensure!(negotiated(&mut world.guest, bit)? == wanted, "{case}: feature {bit} is not {wanted}");
-        }
-        world.add_ipv6()?;
-        let data = data(4 << 20);
-        world.exchange(GUEST, 5000, &data).with_context(|| format!("{case}, IPv4"))?;
-        world.exchange(GUEST_V6, 5001, &data).with_context(|| format!("{case}, IPv6"))?;
-        // frames of TCP are larger than the LAN's exactly where that was negotiated
-        let mean = |frames: u64, bytes: u64| bytes / frames.max(1);
-        let sent = mean(world.figure("/frames/guest_frames")?, world.figure("/frames/guest_bytes")?);
-        let got = mean(world.figure("/frames/lan_frames")?, world.figure("/frames/lan_bytes")?);
-        println!("{case}: frames of {sent} bytes from the guest, {got} to it, on average");
-        ensure!((sent > 1514) == sending, "{case}: frames of {sent} bytes from the guest");
-        ensure!((got > 1514) == receiving, "{case}: frames of {got} bytes to the guest");
-        world.end().with_context(|| case.clone())?;
+        ensure!(negotiated(&mut world.guest, bit)? == wanted, "{case}: feature {bit} is not {wanted}");
     }
-    Ok(())
+    world.add_ipv6()?;
+    let data = data(4 << 20);
+    world.exchange(GUEST, 5000, &data).with_context(|| format!("{case}, IPv4"))?;
+    world.exchange(GUEST_V6, 5001, &data).with_context(|| format!("{case}, IPv6"))?;
+    // frames of TCP are larger than the LAN's exactly where that was negotiated
+    let mean = |frames: u64, bytes: u64| bytes / frames.max(1);
+    let sent = mean(world.figure("/frames/guest_frames")?, world.figure("/frames/guest_bytes")?);
+    let got = mean(world.figure("/frames/lan_frames")?, world.figure("/frames/lan_bytes")?);
+    println!("{case}: frames of {sent} bytes from the guest, {got} to it, on average");
+    ensure!((sent > 1514) == sending, "{case}: frames of {sent} bytes from the guest");
+    ensure!((got > 1514) == receiving, "{case}: frames of {got} bytes to the guest");
+    world.end().with_context(|| case.clone())
 }
 
 fn four_queue_pairs() -> Result<()> {
@@ -354,6 +366,108 @@ fn a_guest_shares_a_card_by_macvtap() -> Result<()> {
     })?;
     world.exchange(GUEST, 5000, &data(4 << 20))?;
     world.end()
+}
+
+/// A card that is the host's way to the LAN itself.
+fn card_on_interface(host: &Host, pairs: usize, properties: &str) -> Result<Card> {
+    host.namespace().ip("link set lan0 nomaster")?;
+    let back_end = BackEnd::net(host, "card", &["--interface", "lan0", "--queue-pairs", &pairs.to_string()])?;
+    Ok(Card { back_end, pairs, mac: MAC, address: GUEST, properties: properties.to_owned() })
+}
+
+fn a_guest_has_an_interface_of_the_host() -> Result<()> {
+    for choice in [
+        (true, true, true),
+        (true, true, false),
+        (true, false, true),
+        (true, false, false),
+        (false, false, true),
+    ] {
+        arrives_whole(choice, |properties| World::boot_by(|host| card_on_interface(host, 1, properties)))?;
+    }
+    Ok(())
+}
+
+/// With fewer pairs in use no frame goes to the others.
+fn several_queue_pairs_share_an_interface() -> Result<()> {
+    for pairs in [4, 2] {
+        let mut world = World::boot_by(|host| Ok(Card { pairs, ..card_on_interface(host, 4, "")? }))?;
+        let data = data(1 << 18);
+        for port in 5000..5016 {
+            world.exchange(GUEST, port, &data).with_context(|| format!("{pairs} pairs, port {port}"))?;
+        }
+        let mut used = 0;
+        for pair in 0..4 {
+            used += usize::from(world.figure(&format!("/queue_pairs/{pair}/lan_frames"))? > 0);
+        }
+        println!("  {used} queues were used by a guest with {pairs} pairs");
+        ensure!((2..=pairs).contains(&used), "{used} queues were used by a guest with {pairs} pairs");
+        world.end()?;
+    }
+    Ok(())
+}
+
+/// The client's part is played with frames: not every kernel of a host has VLANs.
+fn vlan_tags_pass_an_interface() -> Result<()> {
+    const TAG: [u8; 4] = [0x81, 0, 0, 7];
+    const CLIENT_MAC: [u8; 6] = [0x52, 0x54, 0, 0xc0, 0x20, 1];
+    let mut world = World::boot_by(|host| card_on_interface(host, 1, ""))?;
+    world.guest.run("while read -r module; do insmod /lib/modules/$module; done </lib/modules/vlan")?;
+    world.guest.run("vconfig add eth0 7 && ip address add 10.79.0.10/24 dev eth0.7")?;
+    world.guest.run("ip link set eth0.7 up")?;
+    let mut lan = world.lab.client().run(|| Packet::open("lan0", 1, false))??.remove(0);
+    lan.set_receiving(true)?;
+    // ARP (RFC 826): who has 10.79.0.10?
+    let mut question =
+        [&[0xff; 6], &CLIENT_MAC[..], &TAG, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &CLIENT_MAC].concat();
+    question.extend([10, 79, 0, 1, 0, 0, 0, 0, 0, 0, 10, 79, 0, 10]);
+    question.resize(64, 0);
+    let begin = [&CLIENT_MAC[..], &[0x52, 0x54, 0, 0xc0, 0x10, 1], &TAG, &[8, 6]].concat();
+    let deadline = Instant::now() + LIMIT;
+    let mut frame = vec![0; 2000];
+    loop {
+        ensure!(Instant::now() < deadline, "The guest does not answer in its VLAN");
+        ensure!(lan.write(&question), "The question cannot be sent");
+        thread::sleep(Duration::from_millis(20));
+        let mut answered = false;
+        while let Some(bytes) = lan.read(&mut frame)? {
+            answered |= frame[..bytes].starts_with(&begin);
+        }
+        if answered {
+            break;
+        }
+    }
+    // and beside it what has no tag
+    world.exchange(GUEST, 5000, &data(1 << 20))?;
+    world.end()
+}
+
+fn an_interface_goes_down_and_away() -> Result<()> {
+    let mut world = World::boot_by(|host| card_on_interface(host, 1, ""))?;
+    world.listen(5000)?;
+    let mut stream = world.connect(GUEST, 5000)?;
+    let data = data(3 << 20);
+    let host = world.lab.host(Side::A).namespace();
+    for piece in data.chunks(1 << 20) {
+        stream.write_all(piece)?;
+        host.ip("link set lan0 down")?;
+        thread::sleep(Duration::from_millis(50));
+        host.ip("link set lan0 up")?;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    world.ensure_taken(GUEST, 5000, &data)?;
+    world.card()?.back_end.ensure_running()?;
+    world.lab.host(Side::A).namespace().ip("link delete lan0")?;
+    let deadline = Instant::now() + LIMIT;
+    let error = loop {
+        match world.card()?.back_end.ensure_running() {
+            Ok(()) => ensure!(Instant::now() < deadline, "The back end does not notice"),
+            Err(error) => break error.to_string(),
+        }
+        thread::sleep(Duration::from_millis(50));
+    };
+    ensure!(error.contains("Interface lan0 was removed"), "{error}");
+    Ok(())
 }
 
 fn tcp_goes_on_when_the_back_end_was_killed() -> Result<()> {
