@@ -84,23 +84,25 @@ impl Worker {
                 break;
             };
             done += 1;
-            if bytes < header_bytes + FRAME_BYTES_MIN {
-                continue;
-            }
-            if !self.link_up {
+            let is_given = if bytes < header_bytes + FRAME_BYTES_MIN {
+                false
+            } else if !self.link_up {
                 self.counters.lan_ignored += 1;
-                continue;
-            }
-            if bytes > self.buffers.room() {
+                false
+            } else if bytes > self.buffers.room() {
                 // the ring is short of buffers, they are too small, or the LAN's frames have become longer
                 self.counters.guest_too_long += 1;
                 self.frame_room = frame_room(&self.port, self.offloads);
-                continue;
-            }
-            if let Some(filter) = &self.filter
+                false
+            } else if let Some(filter) = &self.filter
                 && !self.buffers.are_wanted(filter, header_bytes, bytes)
             {
                 self.counters.lan_filtered += 1;
+                false
+            } else {
+                true
+            };
+            if !is_given {
                 self.buffers.mark(bytes);
                 continue;
             }

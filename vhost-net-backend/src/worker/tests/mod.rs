@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use colo::control::{Client, ClientError, Command, Event, Greeting, PROTOCOL_VERSION, Role, Server};
 use colo::link::Header;

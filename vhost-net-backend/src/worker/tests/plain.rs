@@ -156,6 +156,39 @@ fn a_dirty_log_learns_of_every_page_that_is_written() {
     assert_eq!(bench.status("/dirty_log_missed"), 0);
 }
 
+/// The kernel writes a frame before it is known whether the guest is to have it.
+#[test]
+fn a_dirty_log_learns_of_frames_that_are_dropped() {
+    use colo::memory::{DirtyLog, PageSet};
+    let mut bench = Bench::start(false);
+    let log = DirtyLog::create(64).unwrap();
+    let client = bench.client.as_mut().unwrap();
+    client.call(&Command::DirtyLog { pages: 64 }, &[log.as_fd()], LIMIT).unwrap();
+    bench.start_rings([0, 0]);
+    bench.offer_buffer();
+    let buffer = bench.queues[RX].buffer(0) / 4096;
+    let is_marked = || {
+        let mut pages = PageSet::new(64);
+        log.drain(&mut pages);
+        pages.contains(buffer)
+    };
+    let wait = |what: &str| {
+        let deadline = Instant::now() + LIMIT;
+        while !is_marked() {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    bench.lan_sends(&[7; 1600]);
+    wait("too long for the buffer");
+    bench.lan_sends(&[7; 13]);
+    wait("no frame");
+    bench.orders.send(Order::Link(false)).unwrap();
+    bench.lan_sends(&[7; 60]);
+    wait("the link is down");
+    assert_eq!(bench.stop_rings(), [0, 0]);
+}
+
 const OFFLOADS: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_GUEST_CSUM
