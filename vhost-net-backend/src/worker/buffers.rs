@@ -15,6 +15,9 @@ const SMALL_BYTES: usize = 2048;
 /// After so many of them the next is expected to be small as well.
 const SMALL_FRAMES: u32 = 16;
 
+/// The kernel takes no more pieces in one call than [`IOVECS_MAX`], and the last one is for what does not fit.
+const PIECES_MAX: usize = IOVECS_MAX - 1;
+
 /// Chains in the order of the ring, and where they are.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
@@ -103,6 +106,10 @@ impl Buffers {
     /// so while frames are small it gets few of them.
     fn direct(&self) -> (usize, usize) {
         let pieces = &self.iovecs[self.first..];
+        if pieces.len() > PIECES_MAX {
+            let bytes = pieces[..PIECES_MAX].iter().map(|piece| piece.iov_len).sum();
+            return (PIECES_MAX, bytes);
+        }
         if self.small_frames >= SMALL_FRAMES {
             let mut bytes = 0;
             for (at, piece) in pieces.iter().enumerate() {

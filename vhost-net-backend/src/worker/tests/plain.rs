@@ -156,6 +156,31 @@ fn a_dirty_log_learns_of_every_page_that_is_written() {
     assert_eq!(bench.status("/dirty_log_missed"), 0);
 }
 
+/// The kernel takes so many pieces in one call, and cuts off what does not fit into them.
+#[test]
+fn a_frame_is_whole_whatever_pieces_its_buffer_is_in() {
+    use colo::vhost_user::CHAIN_DESCRIPTORS_MAX;
+    let mut bench = Bench::start(false);
+    bench.start_rings([0, 0]);
+    let queue = &mut bench.queues[RX];
+    let (table, pieces) = (0x30000, CHAIN_DESCRIPTORS_MAX as u16);
+    for piece in 0..pieces {
+        let next = if piece + 1 < pieces { VRING_DESC_F_NEXT } else { 0 };
+        let at = queue.buffer(0) + 2 * u64::from(piece);
+        let descriptor = Descriptor::new(at, 2, (VRING_DESC_F_WRITE | next) as u16, piece + 1);
+        queue.memory.write_obj(descriptor, GuestAddress(table + 16 * u64::from(piece))).unwrap();
+    }
+    let bytes = 16 * u32::from(pieces);
+    queue.descriptor(0, Descriptor::new(table, bytes, VRING_DESC_F_INDIRECT as u16, 0));
+    queue.available = 1;
+    queue.memory.write_obj(1u16, GuestAddress(queue.base + 0x1002)).unwrap();
+    rustix::io::write(&queue.kick, &1u64.to_ne_bytes()).unwrap();
+    bench.lan_sends(&[7; 2100]);
+    bench.lan_sends(&frame("fits"));
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("fits")));
+    assert_eq!(bench.status("/frames/guest_too_long"), 1);
+}
+
 /// The kernel writes a frame before it is known whether the guest is to have it.
 #[test]
 fn a_dirty_log_learns_of_frames_that_are_dropped() {
