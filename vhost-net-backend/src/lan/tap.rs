@@ -164,8 +164,8 @@ impl Tap {
     }
 
     /// Any descriptor that keeps frames apart and does not block can stand for a tap.
-    #[cfg(test)]
-    pub(crate) fn from_packets(fd: OwnedFd, headers: bool) -> Self {
+    #[doc(hidden)]
+    pub fn from_packets(fd: OwnedFd, headers: bool) -> Self {
         Self::new(fd, None, false, headers)
     }
 
