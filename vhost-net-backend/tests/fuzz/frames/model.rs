@@ -21,6 +21,9 @@ const FRAME_MAX: usize = 65_557;
 const FRAME_OF_LAN: usize = 1522;
 /// Pieces of one chain, and of one call of the kernel.
 const PIECES_MAX: usize = 1024;
+/// After so many packets that are no longer the next is expected to be none either.
+const SMALL: usize = 2048;
+const SMALL_FRAMES: u32 = 16;
 
 /// A buffer: where it is, and how long. An empty one is none, wherever it claims to be.
 pub(super) type Piece = (u64, u32);
@@ -146,6 +149,10 @@ pub(super) struct Model {
     pub(super) sent: Vec<Vec<u8>>,
     /// What the device has written of the driver's buffers.
     pub(super) written: Vec<Piece>,
+    /// What it may say that it has written besides: buffers of frames that were dropped.
+    pub(super) perhaps_written: Vec<Piece>,
+    /// How many packets in a row were small.
+    pub(super) small_frames: u32,
     pub(super) figures: Figures,
 }
 
@@ -161,6 +168,8 @@ impl Model {
             coming: VecDeque::new(),
             sent: Vec::new(),
             written: Vec::new(),
+            perhaps_written: Vec::new(),
+            small_frames: 0,
             figures,
         }
     }
@@ -254,16 +263,21 @@ impl Model {
         Some(packet)
     }
 
+    /// What a frame may need with its header.
+    fn frame_max(&self) -> usize {
+        let large = [GUEST_TSO4, GUEST_TSO6, GUEST_ECN, GUEST_USO4, GUEST_USO6];
+        let frame = if large.iter().any(|bit| self.has(*bit)) { FRAME_MAX } else { FRAME_OF_LAN };
+        frame + self.header_bytes()
+    }
+
     /// Whether the device asks the LAN for a packet: it has one buffer, or where buffers are merged as many as the longest
     /// frame needs, or a quarter of the ring, or half of the pieces that the kernel takes in a call.
     fn has_room(&self) -> bool {
         if !self.has(MRG_RXBUF) || self.receive.held.is_empty() {
             return !self.receive.held.is_empty();
         }
-        let large = [GUEST_TSO4, GUEST_TSO6, GUEST_ECN, GUEST_USO4, GUEST_USO6];
-        let frame = if large.iter().any(|bit| self.has(*bit)) { FRAME_MAX } else { FRAME_OF_LAN };
         let pieces = self.receive.pieces_held();
-        total(&pieces) >= frame + self.header_bytes()
+        total(&pieces) >= self.frame_max()
             || self.receive.held.len() >= usize::from(self.size / 4)
             || pieces.len() >= PIECES_MAX / 2
     }
@@ -275,24 +289,47 @@ impl Model {
                 self.receive.held.push_back(request);
             }
             let Some(packet) = self.coming.pop_front() else { return };
-            // one piece of a call is for what does not fit
-            let mut pieces = self.receive.pieces_held();
-            pieces.truncate(PIECES_MAX - 1);
-            self.fill(memory, &pieces, &packet);
-            let frame_bytes = packet.len().saturating_sub(self.header_bytes());
-            if frame_bytes < FRAME_MIN {
-                continue;
-            }
-            if !self.link_up {
-                self.figures.lan_ignored += 1;
-            } else if packet.len() > total(&pieces) {
-                self.figures.guest_too_long += 1;
+            let pieces = self.receive.pieces_held();
+            let room = total(&pieces);
+            let (first, direct) = self.direct(&pieces);
+            // where a call has more room than a frame may need, nothing is looked for behind it
+            let bytes = if direct > self.frame_max() {
+                self.fill(memory, first, &packet);
+                if packet.len() < direct { packet.len() } else { room + 1 }
             } else {
+                self.fill(memory, &pieces, &packet[..packet.len().min(direct + FRAME_MAX)]);
+                packet.len()
+            };
+            self.small_frames = if bytes <= SMALL { self.small_frames + 1 } else { 0 };
+            let frame_bytes = packet.len().saturating_sub(self.header_bytes());
+            if frame_bytes >= FRAME_MIN && self.link_up && bytes <= room {
                 self.figures.lan_frames += 1;
                 self.figures.lan_bytes += frame_bytes as u64;
                 self.give(memory, packet.len());
+                continue;
+            }
+            self.perhaps_written.extend(pieces);
+            if frame_bytes < FRAME_MIN {
+                continue;
+            }
+            if self.link_up {
+                self.figures.guest_too_long += 1;
+            } else {
+                self.figures.lan_ignored += 1;
             }
         }
+    }
+
+    /// The pieces into which a frame is read at once, and their bytes: what one call takes, besides one for what does not
+    /// fit, and few of them after small frames.
+    fn direct<'p>(&self, pieces: &'p [Piece]) -> (&'p [Piece], usize) {
+        let mut count = pieces.len();
+        if count > PIECES_MAX - 1 {
+            count = PIECES_MAX - 1;
+        } else if self.small_frames >= SMALL_FRAMES {
+            count = (1..count).find(|count| total(&pieces[..*count]) >= SMALL).unwrap_or(count);
+        }
+        (&pieces[..count], total(&pieces[..count]))
     }
 
     /// Writes into the pieces, as far as there is room.

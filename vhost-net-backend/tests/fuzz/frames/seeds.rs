@@ -68,6 +68,27 @@ pub(in super::super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         odd.extend(packet(&[14, 50], &[0]));
         odd.extend([12, 0, 11, 0]);
         all.push(odd);
+        // so many small packets that long ones are not expected, and then some
+        let mut long = vec![setup];
+        long.extend(features.to_le_bytes());
+        for _ in 0..24 {
+            long.extend(buffers(&[0], &[12], 0));
+        }
+        for _ in 0..20 {
+            long.extend(packet(&[14, 50], &[0]));
+        }
+        long.extend(settle());
+        for length in [4, 5, 6, 8, 9, 10, 8] {
+            for _ in 0..4 {
+                long.extend(buffers(&[1], &[12, 200], 0));
+                long.extend(buffers(&[0], &[], 0));
+            }
+            long.extend(packet(&[length], &[0]));
+            long.extend(packet(&[11, 0x00, 0x20], &[0]));
+            long.extend(packet(&[14, 50], &[0]));
+            long.extend(settle());
+        }
+        all.push(long);
         let mut broken = vec![setup];
         broken.extend(features.to_le_bytes());
         for kind in 0..24 {
