@@ -81,6 +81,19 @@ impl Port {
         }
     }
 
+    /// Whether a frame may come that is longer than the LAN's frames are, and than what the guest has negotiated.
+    pub(crate) fn may_exceed(&self) -> bool {
+        matches!(self, Self::Packet(_))
+    }
+
+    /// How far into the buffers the last call has written, where that is not the frame that it has given.
+    pub(crate) fn take_touched(&mut self) -> Option<usize> {
+        match self {
+            Self::Packet(packet) => packet.take_touched(),
+            Self::Tap(_) | Self::Null(_) => None,
+        }
+    }
+
     /// Sends what can be read of the chain as one frame, with this header.
     pub(crate) fn send(&self, header: &Header, chain: &Chain, outgoing: &mut Outgoing) -> Sent {
         match self {

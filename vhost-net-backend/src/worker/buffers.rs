@@ -87,7 +87,7 @@ impl Buffers {
         bytes_max: usize,
     ) -> io::Result<Option<usize>> {
         let (pieces, bytes) = self.direct();
-        let received = if bytes > bytes_max {
+        let received = if bytes > bytes_max && !port.may_exceed() {
             // SAFETY: the buffers are pieces of chains that are here and keep them mapped, as guest memory, to which no
             // references exist.
             let received = unsafe { port.receive(&self.iovecs[self.first..][..pieces]) }?;
@@ -96,6 +96,9 @@ impl Buffers {
         } else {
             self.receive_beyond(pieces, bytes, port, spill)?
         };
+        if let Some(touched) = port.take_touched() {
+            self.mark(touched);
+        }
         if let Some(frame) = received {
             self.small_frames = if frame <= SMALL_BYTES { self.small_frames.saturating_add(1) } else { 0 };
         }

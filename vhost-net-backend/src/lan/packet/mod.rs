@@ -49,6 +49,8 @@ pub struct Packet {
     vectors: Vectors,
     /// Since when the interface is down, or when it was looked at.
     down: Option<Instant>,
+    /// How far into the buffers the last call has written.
+    touched: Option<usize>,
     losses: Losses,
 }
 
@@ -90,6 +92,7 @@ impl Packet {
                 vectors: Vectors::default(),
                 down: None,
                 losses: Losses::default(),
+                touched: None,
             })
         };
         let open = || {
@@ -207,6 +210,11 @@ impl Packet {
         unsafe { self.receive(&[buffer]) }
     }
 
+    /// As [`super::Port::take_touched`].
+    pub(super) fn take_touched(&mut self) -> Option<usize> {
+        self.touched.take()
+    }
+
     /// As [`super::Port::receive`].
     ///
     /// # Safety
@@ -232,6 +240,7 @@ impl Packet {
         self.down = None;
         let Received { bytes, cut, tag } = received;
         let bytes = bytes.saturating_sub(LEGACY_HEADER_BYTES);
+        self.touched = Some(self.header_bytes + bytes);
         if cut || !(FRAME_BYTES_MIN..=FRAME_BYTES_MAX - TAG_BYTES).contains(&bytes) {
             self.losses.unusable += 1;
             return Ok(Some(0));
@@ -239,7 +248,7 @@ impl Packet {
         if tag.is_none() && self.offloads.accept(&mut header) {
             // SAFETY: the caller's promise.
             unsafe { self.put_header(buffers, &header) };
-            return Ok(Some(self.header_bytes + bytes));
+            return Ok(self.touched.take());
         }
         // SAFETY: the caller's promise; the pieces are those buffers, without the room for the header.
         unsafe { self.held.take(&self.vectors.0[1..], bytes, tag) };

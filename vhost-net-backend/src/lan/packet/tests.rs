@@ -220,8 +220,11 @@ fn what_is_left_and_was_negotiated_passes_and_else_is_done() {
                 port.set_offloads(negotiated);
                 sends(&peer, sent, &frame);
                 let mut payload = Vec::new();
-                for _ in 0..5 {
+                for number in 0..5 {
                     let segment = next(&mut port);
+                    // all of the frame was in the buffers of the first segment
+                    let whole = 12 + frame.len() - usize::from(tag);
+                    assert_eq!(port.take_touched(), (number == 0).then_some(whole));
                     assert_eq!(segment[..12], [0; 12]);
                     let untagged = match &segment[12..] {
                         segment if tags => {
