@@ -15,7 +15,7 @@ help:
 	@echo 'make test-failover ROUNDS=20  kill the primary host so many times'
 	@echo 'make bench-pair               the figures of the README'
 	@echo 'make bench-blk                the disk back end against qemu-storage-daemon and bare I/O (10 minutes)'
-	@echo 'make bench-net-device         the network back end against DPDK (2 minutes)'
+	@echo 'make bench-net-device         the network back end against DPDK and QEMU (8 minutes)'
 	@echo 'make fuzz SECONDS=600         hostile guests, frontends and controllers, each for so long'
 	@echo 'make build                    the programs, in target/release'
 	@echo 'make clean                    remove what was built, and laboratories of dead runs'
