@@ -172,26 +172,6 @@ impl Chain {
         parts.iter().fold(0, |written, part| written + self.write_at(written, part))
     }
 
-    /// Copies what the kernel has written at `offset` of the writable part to `into`, as far as there is any. Returns how
-    /// many bytes.
-    #[inline]
-    pub fn copy_written(&self, mut offset: usize, into: &mut [u8]) -> usize {
-        let mut filled = 0;
-        for piece in self.writable() {
-            if filled == into.len() {
-                break;
-            }
-            let skipped = offset.min(piece.bytes as usize);
-            offset -= skipped;
-            let mut piece = *piece;
-            piece.advance(skipped as u32);
-            let bytes = (into.len() - filled).min(piece.bytes as usize);
-            copy_from(&piece, &mut into[filled..filled + bytes]);
-            filled += bytes;
-        }
-        filled
-    }
-
     /// Marks all of the writable part as written, after the kernel has done so.
     pub fn mark_written(&self) {
         self.mark_front(usize::MAX);

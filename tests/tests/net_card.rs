@@ -69,6 +69,18 @@ fn boot(host: &Host, card: Card) -> Result<(Disk, DiskGuest)> {
     Ok((disk, guest))
 }
 
+/// Gives a guest an address in VLAN 7.
+fn join_vlan(guest: &mut DiskGuest, address: &str) -> Result<()> {
+    guest.run("while read -r module; do insmod /lib/modules/$module; done </lib/modules/vlan")?;
+    let words = format!("ip address add {address}/24 dev eth0.7 && ip link set eth0.7 up");
+    guest.run(&format!("vconfig add eth0 7 && {words}")).map(drop)
+}
+
+/// Waits until a guest has taken all that came to a port.
+fn await_taken(guest: &mut DiskGuest) -> Result<()> {
+    guest.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done").map(drop)
+}
+
 impl World {
     fn boot(pairs: usize, properties: &str) -> Result<Self> {
         Self::boot_with(pairs, pairs, properties)
@@ -133,10 +145,6 @@ impl World {
         self.guest.run(&format!("nc -l -p {port} >/tmp/in & echo $! >/tmp/pid")).map(drop)
     }
 
-    fn await_taken(&mut self) -> Result<()> {
-        self.guest.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done").map(drop)
-    }
-
     /// The mean length of the frames of this kind ("lan" or "guest") that pass during `work`, in bytes.
     fn mean(&mut self, kind: &str, work: impl FnOnce(&mut Self) -> Result<()>) -> Result<u64> {
         let figures = |world: &mut Self| -> Result<[u64; 2]> {
@@ -153,7 +161,7 @@ impl World {
 
     /// When the guest has taken all, that it is this.
     fn ensure_taken(&mut self, address: &str, port: u16, data: &[u8]) -> Result<()> {
-        self.await_taken()?;
+        await_taken(&mut self.guest)?;
         // nc itself sends little at a time, which would leave nothing to be segmented
         self.guest.run(&format!("nc -l -p {port} -e cat /tmp/in >/dev/null 2>&1 &"))?;
         let mut back = Vec::new();
@@ -169,7 +177,7 @@ impl World {
             let mut stream = world.connect(address, port)?;
             stream.write_all(data).context("To the guest")?;
             stream.shutdown(Shutdown::Write)?;
-            world.await_taken()
+            await_taken(&mut world.guest)
         })?;
         let back = self.mean("guest", |world| world.ensure_taken(address, port, data))?;
         Ok([there, back])
@@ -331,22 +339,17 @@ fn guests_are_in_a_vlan() -> Result<()> {
     let host = world.lab.host(Side::B);
     let more = Card { mac: "52:54:00:c0:10:02", address: OTHER, ..card(host, 1, 1, "")? };
     let (disk, mut other) = boot(host, more)?;
-    for (guest, address) in [(&mut world.guest, "10.79.0.1"), (&mut other, "10.79.0.2")] {
-        guest.run("while read -r module; do insmod /lib/modules/$module; done </lib/modules/vlan")?;
-        guest.run(&format!(
-            "vconfig add eth0 7 && ip address add {address}/24 dev eth0.7 && ip link set eth0.7 up"
-        ))?;
-    }
+    join_vlan(&mut world.guest, "10.79.0.1")?;
+    join_vlan(&mut other, "10.79.0.2")?;
     let data = data(4 << 20);
     world.exchange(GUEST, 5000, &data)?;
-    let (sent, bytes) = (world.figure("/frames/guest_frames")?, world.figure("/frames/guest_bytes")?);
     // nc ends when either side has nothing more to say, so the one that listens must not say so
     let listen = |port: u16| format!("nc -l -p {port} <>/tmp/silent >/tmp/in & echo $! >/tmp/pid");
     other.run(&format!("mkfifo /tmp/silent && {{ {}; }}", listen(6000)))?;
-    world.guest.run("until nc 10.79.0.2 6000 -e cat /tmp/in; do usleep 10000; done")?;
-    other.run("while kill -0 $(cat /tmp/pid) 2>/dev/null; do usleep 10000; done")?;
-    let sent = world.figure("/frames/guest_frames")? - sent;
-    let mean = (world.figure("/frames/guest_bytes")? - bytes) / sent;
+    let mean = world.mean("guest", |world| {
+        world.guest.run("until nc 10.79.0.2 6000 -e cat /tmp/in; do usleep 10000; done")?;
+        await_taken(&mut other)
+    })?;
     println!("frames of {mean} bytes, on average");
     ensure!(mean > 1514, "Frames of {mean} bytes");
     let came = other.run("cat /sys/class/net/eth0.7/statistics/rx_bytes")?;
@@ -432,9 +435,7 @@ fn vlan_tags_pass_an_interface() -> Result<()> {
     const TAG: [u8; 4] = [0x81, 0, 0, 7];
     const CLIENT_MAC: [u8; 6] = [0x52, 0x54, 0, 0xc0, 0x20, 1];
     let mut world = World::boot_by(|host| card_on_interface(host, 1, ""))?;
-    world.guest.run("while read -r module; do insmod /lib/modules/$module; done </lib/modules/vlan")?;
-    world.guest.run("vconfig add eth0 7 && ip address add 10.79.0.10/24 dev eth0.7")?;
-    world.guest.run("ip link set eth0.7 up")?;
+    join_vlan(&mut world.guest, "10.79.0.10")?;
     let mut lan = world.lab.client().run(|| Packet::open("lan0", 1, false))??.remove(0);
     lan.set_receiving(true)?;
     // ARP (RFC 826): who has 10.79.0.10?

@@ -49,20 +49,20 @@ mkdir -p "$root/bin" "$root/dev" "$root/proc" "$root/sys" "$root/tmp" "$root/etc
     "$root/lib/modules"
 
 # virtio_pci and what stands on it are modules of this kernel; ext4 is built in. The order is that of loading.
+put_module() {
+    file=$(find "$packed/lib/modules" -name "$1.ko" | head -n 1)
+    [ -n "$file" ] || fail "$kernel has no module $1"
+    cp "$file" "$root/lib/modules/"
+    echo "$1.ko" >>"$root/lib/modules/$2"
+}
 for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci \
     failover net_failover virtio_net virtio_blk; do
-    file=$(find "$packed/lib/modules" -name "$module.ko" | head -n 1)
-    [ -n "$file" ] || fail "$kernel has no module $module"
-    cp "$file" "$root/lib/modules/"
-    echo "$module.ko" >>"$root/lib/modules/order"
+    put_module "$module" order
 done
 
 # the same for VLANs; not loaded at boot
 for module in llc stp mrp garp 8021q; do
-    file=$(find "$packed/lib/modules" -name "$module.ko" | head -n 1)
-    [ -n "$file" ] || fail "$kernel has no module $module"
-    cp "$file" "$root/lib/modules/"
-    echo "$module.ko" >>"$root/lib/modules/vlan"
+    put_module "$module" vlan
 done
 
 # a dynamic program brings the libraries that it names

@@ -275,7 +275,7 @@ fn measure(place: Place<'_>, sides: &Sides, case: &Case, server: &Server) -> Res
                 if case.is_time() { p50_us } else { frames_per_s }
             }
             Work::Drain(_) => net::drain::device(&mut card, place.namespace, core, frame_bytes, duration)?,
-            Work::Ping => net::ping::run(&mut card, core, duration)?.p50_us,
+            Work::Ping => net::ping::run(&mut card, core, duration)?,
             Work::Frontend(..) => unreachable!("it has no card of ours"),
         })
     };

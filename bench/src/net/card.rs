@@ -16,17 +16,21 @@ use crate::driver::{self, Descriptor, Memory, Notifiers, Place, Ring, WRITABLE};
 
 /// The header of virtio 1.0 (virtio 1.2 §5.1.6).
 pub(super) const HEADER_BYTES: usize = 12;
-/// Addresses and type of a frame: of the type for experiments (IEEE 802, 0x88b5) between a guest that is no VM and the
-/// other end.
+/// The hardware addresses of a guest that is no VM, and of the other end.
+pub(super) const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
+pub(super) const TAP_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
+/// Addresses and type of a frame: of the type for experiments (IEEE 802, 0x88b5).
 pub(super) const ETHERNET_BYTES: usize = 14;
-pub(super) const FROM_GUEST: [u8; ETHERNET_BYTES] =
-    [0x52, 0x54, 0, 0, 0, 1, 0x52, 0x54, 0, 0, 0, 2, 0x88, 0xb5];
+pub(super) const FROM_GUEST: [u8; ETHERNET_BYTES] = ethernet(TAP_MAC, GUEST_MAC);
+pub(super) const TO_GUEST: [u8; ETHERNET_BYTES] = ethernet(GUEST_MAC, TAP_MAC);
+const fn ethernet(to: [u8; 6], from: [u8; 6]) -> [u8; ETHERNET_BYTES] {
+    let ([a, b, c, d, e, f], [g, h, i, j, k, l]) = (to, from);
+    [a, b, c, d, e, f, g, h, i, j, k, l, 0x88, 0xb5]
+}
 const FROM_GUEST_WORDS: [u64; 2] = {
     let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = FROM_GUEST;
     [u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u64::from_ne_bytes([i, j, k, l, m, n, 0, 0])]
 };
-pub(super) const TO_GUEST: [u8; ETHERNET_BYTES] =
-    [0x52, 0x54, 0, 0, 0, 2, 0x52, 0x54, 0, 0, 0, 1, 0x88, 0xb5];
 /// A buffer's place: room for the longest frame of Ethernet.
 const STRIDE: usize = 2048;
 /// The longest frame that fits.

@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use colo_lab::Process;
 
 use super::Way;
+use super::card::TAP_MAC;
 use super::ping::{self, mac_text};
 use super::server::{Lan, MULTI_QUEUE_HOST_TAP, MULTI_QUEUE_TAP};
 use crate::report::median;
@@ -45,8 +46,7 @@ impl Server {
             Lan::Reflect => options.extend(["--forward-mode=io", "--port-topology=loop"]),
             Lan::Tap => devices.push(format!("net_tap0,iface={MULTI_QUEUE_TAP}")),
             Lan::Host => {
-                devices
-                    .push(format!("net_tap0,iface={MULTI_QUEUE_HOST_TAP},mac={}", mac_text(ping::TAP_MAC)));
+                devices.push(format!("net_tap0,iface={MULTI_QUEUE_HOST_TAP},mac={}", mac_text(TAP_MAC)));
             }
         }
         let mut server =

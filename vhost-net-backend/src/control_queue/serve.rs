@@ -10,7 +10,7 @@ use std::sync::Arc;
 use colo::runtime::{Mailbox, Sender};
 use colo::vhost_user::{Chain, Ring};
 use crossbeam_channel::bounded;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_ERR, VIRTIO_NET_OK};
 
 use super::commands::{Card, Change, State};
@@ -189,11 +189,9 @@ impl ControlQueue {
         if let Some(ring) = &self.ring {
             fds.push(PollFd::from_borrowed_fd(ring.kick_fd(), PollFlags::IN));
         }
-        match poll(&mut fds, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
+        if worker::sleep_until_any(&mut fds, None)? {
+            self.orders.rearm();
         }
-        self.orders.rearm();
         if let Some(ring) = &self.ring {
             ring.drain_kick();
         }

@@ -11,7 +11,7 @@ mod tap;
 pub use error::LanError;
 pub use null::Null;
 pub use packet::Packet;
-pub(crate) use pieces::{IOVECS_MAX, Outgoing, Sent, scatter};
+pub(crate) use pieces::{IOVECS_MAX, Outgoing, Sent, gather, scatter};
 pub(crate) use port::Losses;
 pub use port::Port;
 pub use tap::{Tap, TapOptions};

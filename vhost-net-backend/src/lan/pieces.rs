@@ -175,7 +175,7 @@ pub(crate) unsafe fn scatter(buffers: &[libc::iovec], offset: usize, mut data: &
 ///
 /// # Safety
 /// As for [`scatter`].
-pub(super) unsafe fn gather(buffers: &[libc::iovec], offset: usize, into: &mut [u8]) {
+pub(crate) unsafe fn gather(buffers: &[libc::iovec], offset: usize, into: &mut [u8]) {
     let mut filled = 0;
     behind(buffers, offset, |at, bytes| {
         let now = bytes.min(into.len() - filled);

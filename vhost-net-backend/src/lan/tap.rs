@@ -270,16 +270,9 @@ impl Tap {
     /// # Errors
     /// The tap is gone.
     pub fn read(&self, frame: &mut [u8]) -> io::Result<Option<usize>> {
-        loop {
-            return match rustix::io::read(&self.fd, &mut *frame) {
-                // a tap has no end; what stands for it in a test has
-                Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(bytes) => Ok(Some(bytes)),
-                Err(rustix::io::Errno::AGAIN) => Ok(None),
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(errno) => Err(errno.into()),
-            };
-        }
+        let buffer = libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() };
+        // SAFETY: the buffer is a slice that is borrowed for ourselves alone.
+        unsafe { self.receive(&[buffer]) }
     }
 
     /// Sends one frame to the LAN, with its header if there are headers. Returns false when the kernel does not take it (too

@@ -16,8 +16,23 @@ fn fold(mut sum: u64) -> u16 {
 
 /// The checksum over several pieces, as it stands in a header. Every piece but the last has an even length.
 pub fn of(pieces: &[&[u8]]) -> u16 {
+    !fold(sum(pieces))
+}
+
+fn sum(pieces: &[&[u8]]) -> u64 {
     debug_assert!(pieces.iter().rev().skip(1).all(|piece| piece.len() % 2 == 0));
-    !fold(pieces.iter().map(|piece| add(piece)).sum())
+    pieces.iter().map(|piece| add(piece)).sum()
+}
+
+/// The checksum of a TCP segment or a UDP datagram in such pieces, over the pseudo header of the IP header at the beginning
+/// of `ip` (RFC 9293 §3.1, RFC 768, RFC 8200 §8.1). The checksum's own place must hold zeros.
+///
+/// # Panics
+/// When that is shorter than an IP header.
+pub fn of_transport(ip: &[u8], protocol: u8, pieces: &[&[u8]]) -> u16 {
+    let addresses = if ip[0] >> 4 == 4 { 12..20 } else { 8..40 };
+    let bytes = pieces.iter().map(|piece| piece.len()).sum::<usize>() as u32;
+    !fold(sum(&[&ip[addresses], &bytes.to_be_bytes(), &[0, protocol]]) + sum(pieces))
 }
 
 /// The checksum of a TCP segment that begins at `tcp_at` and ends with the frame, over the pseudo header of the IP header
@@ -26,10 +41,7 @@ pub fn of(pieces: &[&[u8]]) -> u16 {
 /// # Panics
 /// When the frame does not hold these headers.
 pub fn of_tcp(frame: &[u8], ip_at: usize, tcp_at: usize) -> u16 {
-    let addresses = if frame[ip_at] >> 4 == 4 { ip_at + 12..ip_at + 20 } else { ip_at + 8..ip_at + 40 };
-    let segment = &frame[tcp_at..];
-    let bytes = (segment.len() as u32).to_be_bytes();
-    of(&[&frame[addresses], &bytes, &[0, super::PROTOCOL_TCP], segment])
+    of_transport(&frame[ip_at..], super::PROTOCOL_TCP, &[&frame[tcp_at..]])
 }
 
 /// Overwrites `frame[at..]` with `new` and corrects the checksum that stands at `checksum_at` and covers it; what it

@@ -142,16 +142,8 @@ impl Segments {
     fn set_checksum(&self, headers: &mut [u8], payload: &[u8]) {
         let at = self.transport_at + if self.protocol == PROTOCOL_TCP { 16 } else { 6 };
         headers[at..at + 2].fill(0);
-        let transport = &headers[self.transport_at..];
-        let addresses = if self.is_v4 { 12..20 } else { 8..40 };
-        let bytes = (transport.len() + payload.len()) as u32;
-        let sum = checksum::of(&[
-            &headers[self.network_at..][addresses],
-            &bytes.to_be_bytes(),
-            &[0, self.protocol],
-            transport,
-            payload,
-        ]);
+        let pieces = [&headers[self.transport_at..], payload];
+        let sum = checksum::of_transport(&headers[self.network_at..], self.protocol, &pieces);
         headers[at..at + 2].copy_from_slice(&never_zero(sum).to_be_bytes());
     }
 }

@@ -8,7 +8,7 @@ use colo::vhost_user::{Chain, Ring};
 
 use crate::control_queue::{FILTERED_BYTES, Filter};
 use crate::frame::LEGACY_HEADER_BYTES;
-use crate::lan::{IOVECS_MAX, Port, scatter};
+use crate::lan::{IOVECS_MAX, Port, gather, scatter};
 
 /// A frame with its header that is no longer is small: it came from a LAN of ordinary Ethernet and is in one piece.
 const SMALL_BYTES: usize = 2048;
@@ -190,19 +190,13 @@ impl Buffers {
         }
     }
 
-    /// Whether the driver wants the frame that was received, of `bytes` bytes with its header.
+    /// Whether the driver wants the frame that was received, of `bytes` bytes with its header, for which there is room.
     pub(super) fn are_wanted(&self, filter: &Filter, header_bytes: usize, bytes: usize) -> bool {
         let mut front = [0; FILTERED_BYTES];
         let front = &mut front[..FILTERED_BYTES.min(bytes - header_bytes)];
-        let (mut offset, mut filled) = (header_bytes, 0);
-        for chain in &self.chains {
-            if filled == front.len() {
-                break;
-            }
-            filled += chain.copy_written(offset, &mut front[filled..]);
-            offset = offset.saturating_sub(chain.writable_bytes() as usize);
-        }
-        filter.admits(&front[..filled])
+        // SAFETY: as in `receive`.
+        unsafe { gather(&self.iovecs[self.first..], header_bytes, front) };
+        filter.admits(front)
     }
 
     /// Marks what a frame that is not given to the guest has left in its memory.

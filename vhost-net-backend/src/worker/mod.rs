@@ -371,7 +371,7 @@ impl Worker {
 }
 
 /// Waits for one of the descriptors, no longer than that. Returns whether it was the first.
-fn sleep_until_any(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> io::Result<bool> {
+pub(crate) fn sleep_until_any(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> io::Result<bool> {
     let limit =
         limit.map(|limit| Timespec { tv_sec: limit.as_secs() as i64, tv_nsec: limit.subsec_nanos().into() });
     match poll(fds, limit.as_ref()) {

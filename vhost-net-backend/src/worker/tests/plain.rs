@@ -1,5 +1,6 @@
 //! A back end that protects nothing, and one that waits for its orders.
 
+use colo::memory::{DirtyLog, PageSet};
 use virtio_bindings::bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_HOST_TSO4,
     VIRTIO_NET_F_MRG_RXBUF,
@@ -132,13 +133,19 @@ fn a_protected_one_lets_nothing_pass_without_orders() {
     assert_eq!(bench.stop_rings(), [0, 0], "nothing was taken from the guest");
 }
 
-#[test]
-fn a_dirty_log_learns_of_every_page_that_is_written() {
-    use colo::memory::{DirtyLog, PageSet};
-    let mut bench = Bench::start(false);
+/// A dirty log of 64 pages, given to the back end.
+fn dirty_log(bench: &mut Bench) -> DirtyLog {
     let log = DirtyLog::create(64).unwrap();
     let client = bench.client.as_mut().unwrap();
     client.call(&Command::DirtyLog { pages: 64 }, &[log.as_fd()], LIMIT).unwrap();
+    log
+}
+
+#[test]
+fn a_dirty_log_learns_of_every_page_that_is_written() {
+    let mut bench = Bench::start(false);
+    let log = dirty_log(&mut bench);
+    let client = bench.client.as_mut().unwrap();
     assert!(client.call(&Command::DirtyLog { pages: 1 << 20 }, &[log.as_fd()], LIMIT).is_err(), "too short");
     assert!(client.call(&Command::DirtyLog { pages: 64 }, &[], LIMIT).is_err(), "no descriptor");
     bench.start_rings([0, 0]);
@@ -184,11 +191,8 @@ fn a_frame_is_whole_whatever_pieces_its_buffer_is_in() {
 /// The kernel writes a frame before it is known whether the guest is to have it.
 #[test]
 fn a_dirty_log_learns_of_frames_that_are_dropped() {
-    use colo::memory::{DirtyLog, PageSet};
     let mut bench = Bench::start(false);
-    let log = DirtyLog::create(64).unwrap();
-    let client = bench.client.as_mut().unwrap();
-    client.call(&Command::DirtyLog { pages: 64 }, &[log.as_fd()], LIMIT).unwrap();
+    let log = dirty_log(&mut bench);
     bench.start_rings([0, 0]);
     bench.offer_buffer();
     let buffer = bench.queues[RX].buffer(0) / 4096;
