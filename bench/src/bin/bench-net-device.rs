@@ -18,7 +18,7 @@ const DEPTH: u16 = 256;
 /// Compares vhost-net-backend with DPDK's testpmd (net_vhost): a guest that drives its rings itself on one core, the
 /// server on another; with loops of system calls where a tap is behind it; and with QEMU's own tap, under a guest of QEMU.
 ///
-/// Needs root, two cores, 512 MiB for huge pages and Debian's dpdk-dev with librte-net-vhost23, librte-net-tap23,
+/// Needs root, two cores, 1 GiB for huge pages and Debian's dpdk-dev with librte-net-vhost23, librte-net-tap23,
 /// librte-net-virtio23 and librte-mempool-ring23.
 #[derive(Parser)]
 #[command(version, args_conflicts_with_subcommands = true)]

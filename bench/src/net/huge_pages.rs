@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use crate::kernel_setting;
 
 const NUMBER: &str = "/proc/sys/vm/nr_hugepages";
-/// What testpmd's buffers take, of 2 MiB each.
-const WANTED: u64 = 256;
+/// What the buffers of two of them take, on either side of a socket, of 2 MiB each.
+const WANTED: u64 = 512;
 
 /// Has the kernel keep enough of them until this program ends.
 ///
