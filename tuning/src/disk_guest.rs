@@ -213,7 +213,7 @@ impl DiskGuest {
             if !target.to_string_lossy().contains("memory-backend-memfd") {
                 continue;
             }
-            let file = File::open(&path).context("The guest's memory")?;
+            let file = File::options().read(true).write(true).open(&path).context("The guest's memory")?;
             if file.metadata()?.len() == u64::from(MEMORY_MIB) << 20 {
                 return Ok(file);
             }
