@@ -2,6 +2,8 @@
 
 use colo::vhost_user::Chain;
 
+use crate::proxy::{Buffer, Pool};
+
 /// No frame is longer: the largest IP packet, an Ethernet header and two VLAN tags.
 pub const FRAME_BYTES_MAX: usize = 65_535 + 14 + 8;
 
@@ -27,17 +29,13 @@ pub(crate) fn take_header(chain: &mut Chain, header_bytes: usize) -> Option<Head
     (whole && (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes)).then_some(header)
 }
 
-/// Copies the frame that the guest sends into `into`. `None` when it is no frame. Whatever the header asks for was never
-/// offered and is ignored.
-pub fn from_guest<'b>(
-    chain: &mut Chain,
-    header_bytes: usize,
-    into: &'b mut [u8; FRAME_BYTES_MAX],
-) -> Option<&'b [u8]> {
+/// Copies the frame that the guest sends into memory of its own. `None` when it is no frame. Whatever the header asks for
+/// was never offered and is ignored.
+pub(crate) fn from_guest(chain: &mut Chain, header_bytes: usize, pool: &mut Pool) -> Option<Buffer> {
     take_header(chain, header_bytes)?;
     let bytes = chain.readable_bytes() as usize;
-    let frame = &mut into[..bytes];
-    (chain.copy_to(frame) == bytes).then_some(frame)
+    let mut frame = pool.take(bytes);
+    (chain.copy_to(&mut frame) == bytes).then_some(frame)
 }
 
 /// Bytes of frame that fit into the chain behind the header.

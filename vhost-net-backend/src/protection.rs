@@ -7,7 +7,7 @@ use colo::control::Role;
 use serde_json::{Value, json};
 
 use crate::link::Link;
-use crate::proxy::{Actions, Config, OrderError, Primary, Secondary};
+use crate::proxy::{Actions, Buffer, Config, OrderError, Primary, Secondary};
 use crate::wire::WireError;
 
 /// So much may wait for the SVM to take it before the link is left alone.
@@ -148,7 +148,8 @@ impl Protection {
         self.phase == Phase::Paired && !self.awaiting_commit && self.undelivered.bytes < UNDELIVERED_BYTES_MAX
     }
 
-    pub(crate) fn guest_output(&mut self, frame: &[u8]) {
+    /// The guest has sent `frame`, which is of the pool of [`Protection::actions`].
+    pub(crate) fn guest_output(&mut self, frame: Buffer) {
         let now_us = self.now_us();
         both!(&mut self.half, proxy => proxy.guest_output(frame, now_us, &mut self.actions));
     }

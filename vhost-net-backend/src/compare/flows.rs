@@ -1,9 +1,12 @@
 //! The table of flows. An entry that holds packets, or what the SVM said, is never dropped; others age.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
+use std::ops::{Index, IndexMut};
+
+use slab::Slab;
 
 use super::datagrams::Messages;
-use super::held::Order;
+use super::held::{Chain, List};
 use super::tcp::TcpFlow;
 use crate::packet::FlowKey;
 
@@ -15,6 +18,11 @@ const TCP_CLOSED_US: u64 = 4 * 60 * 1_000_000;
 const OTHER_IDLE_US: u64 = 60 * 1_000_000;
 /// Entries that one visit looks at.
 const VISITED_AT_ONCE: usize = 32;
+/// The table has places for as many flows from the beginning, since to grow takes long when it is large.
+const PLACES_MAX: usize = 1 << 16;
+
+/// A flow's place in the table. It is another flow's when the flow has been dropped.
+pub(super) type FlowId = u32;
 
 #[derive(Debug)]
 pub(super) enum Protocol {
@@ -25,11 +33,13 @@ pub(super) enum Protocol {
 /// One flow.
 #[derive(Debug)]
 pub(super) struct Flow {
+    pub(super) key: FlowKey,
     pub(super) protocol: Protocol,
     /// The PVM's packets that wait, in order.
-    pub(super) held: VecDeque<Order>,
-    /// Those that repeat what is settled and wait for the SVM's acknowledgment only, in order.
-    pub(super) repeats: VecDeque<Order>,
+    pub(super) held: List,
+    /// TCP: those that repeat what is settled and wait for the SVM's acknowledgment only, in order. Messages: those that
+    /// the SVM has said and that wait only for their turn, in order.
+    pub(super) aside: List,
     /// A connection of the PVM begins among `held`: what comes later belongs to it.
     pub(super) begins: bool,
     /// The streams differ: nothing leaves before the next commit.
@@ -40,9 +50,26 @@ pub(super) struct Flow {
 }
 
 impl Flow {
+    fn new(key: FlowKey, now_us: u64) -> Self {
+        Self {
+            key,
+            protocol: if key.is_tcp() {
+                Protocol::Tcp(Box::default())
+            } else {
+                Protocol::Messages(Messages::new(&key))
+            },
+            held: List::of(Chain::Flow),
+            aside: List::of(Chain::Flow),
+            begins: false,
+            stuck: false,
+            touched: false,
+            last_us: now_us,
+        }
+    }
+
     /// Whether nothing is held.
     pub(super) fn is_free(&self) -> bool {
-        self.held.is_empty() && self.repeats.is_empty() && !self.stuck
+        self.held.is_empty() && self.aside.is_empty() && !self.stuck
     }
 
     /// About how much memory the SVM's output takes here.
@@ -73,67 +100,96 @@ impl Flow {
 
 #[derive(Debug)]
 pub(super) struct Flows {
-    table: HashMap<FlowKey, Flow>,
-    /// Every key once, those that were looked at longest ago in front.
-    visits: VecDeque<FlowKey>,
+    places: HashMap<FlowKey, FlowId, ahash::RandomState>,
+    flows: Slab<Flow>,
+    /// The flow of the last packet: the next one is often of the same.
+    last: Option<(FlowKey, FlowId)>,
     /// Flows that have had a packet in this epoch.
-    touched: Vec<FlowKey>,
+    touched: Vec<FlowId>,
+    /// The entry to be looked at next for its age.
+    hand: usize,
     flows_max: usize,
+}
+
+impl Index<FlowId> for Flows {
+    type Output = Flow;
+
+    fn index(&self, id: FlowId) -> &Flow {
+        &self.flows[id as usize]
+    }
+}
+
+impl IndexMut<FlowId> for Flows {
+    fn index_mut(&mut self, id: FlowId) -> &mut Flow {
+        &mut self.flows[id as usize]
+    }
 }
 
 impl Flows {
     pub(super) fn new(flows_max: usize) -> Self {
-        Self { table: HashMap::new(), visits: VecDeque::new(), touched: Vec::new(), flows_max }
+        Self {
+            places: HashMap::with_capacity_and_hasher(flows_max.min(PLACES_MAX), ahash::RandomState::new()),
+            flows: Slab::new(),
+            last: None,
+            touched: Vec::new(),
+            hand: 0,
+            flows_max,
+        }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.table.len()
+        self.flows.len()
     }
 
-    /// The flow, which is made if it is not there. The table may grow beyond its limit, for a flow of the PVM must
-    /// have a place to hold packets in.
-    pub(super) fn get(&mut self, key: &FlowKey, now_us: u64) -> &mut Flow {
-        if !self.table.contains_key(key) {
-            self.has_room_for(key);
-            self.visits.push_back(*key);
+    /// The place of a flow, if it is there.
+    fn place(&self, key: &FlowKey) -> Option<FlowId> {
+        match &self.last {
+            Some((last, id)) if last == key => Some(*id),
+            _ => self.places.get(key).copied(),
         }
-        let flow = self.table.entry(*key).or_insert_with(|| Flow {
-            protocol: if key.is_tcp() {
-                Protocol::Tcp(Box::default())
-            } else {
-                Protocol::Messages(Messages::new(key))
-            },
-            held: VecDeque::new(),
-            repeats: VecDeque::new(),
-            begins: false,
-            stuck: false,
-            touched: false,
-            last_us: now_us,
-        });
+    }
+
+    /// The place of the flow, which is made if it is not there. The table may grow beyond its limit, for a flow of the PVM
+    /// must have a place to hold packets in.
+    pub(super) fn get(&mut self, key: &FlowKey, now_us: u64) -> FlowId {
+        let id = match self.place(key) {
+            Some(id) => id,
+            None => {
+                self.make_room();
+                let id = self.flows.insert(Flow::new(*key, now_us)) as FlowId;
+                self.places.insert(*key, id);
+                id
+            }
+        };
+        self.last = Some((*key, id));
+        let flow = &mut self.flows[id as usize];
         flow.last_us = now_us;
         if !flow.touched {
             flow.touched = true;
-            self.touched.push(*key);
+            self.touched.push(id);
         }
-        flow
+        id
+    }
+
+    /// The same for a packet of the SVM: not beyond the limit.
+    pub(super) fn get_if_room(&mut self, key: &FlowKey, now_us: u64) -> Option<FlowId> {
+        (self.place(key).is_some() || self.make_room()).then(|| self.get(key, now_us))
     }
 
     /// The flow, if it is there, to look at.
     pub(super) fn peek(&self, key: &FlowKey) -> Option<&Flow> {
-        self.table.get(key)
+        Some(&self[self.place(key)?])
     }
 
     /// The flow, if it is there.
-    pub(super) fn find(&mut self, key: &FlowKey) -> Option<&mut Protocol> {
-        self.table.get_mut(key).map(|flow| &mut flow.protocol)
+    pub(super) fn find(&mut self, key: &FlowKey) -> Option<&mut Flow> {
+        let id = self.place(key)?;
+        Some(&mut self[id])
     }
 
-    /// Whether the flow is there or there is room for it, which is made by dropping one that holds nothing.
-    pub(super) fn has_room_for(&mut self, key: &FlowKey) -> bool {
-        if self.table.len() < self.flows_max || self.table.contains_key(key) {
-            return true;
-        }
-        self.visit(|_| true)
+    /// Whether there is room for another flow, which is made by dropping one that holds nothing.
+    fn make_room(&mut self) -> bool {
+        self.flows.len() < self.flows_max || self.visit(|_| true)
     }
 
     /// Drops flows that have been idle for long; a few are looked at each time.
@@ -144,17 +200,16 @@ impl Flows {
     /// Looks at a few entries and drops those that hold nothing and that `may_go`. Whether one was dropped.
     fn visit(&mut self, may_go: impl Fn(&Flow) -> bool) -> bool {
         let mut dropped = false;
-        for _ in 0..VISITED_AT_ONCE.min(self.visits.len()) {
-            let Some(key) = self.visits.pop_front() else {
-                break;
+        for _ in 0..VISITED_AT_ONCE.min(self.flows.capacity()) {
+            self.hand = if self.hand + 1 < self.flows.capacity() { self.hand + 1 } else { 0 };
+            let Some(flow) = self.flows.get(self.hand) else {
+                continue;
             };
-            match self.table.get(&key) {
-                Some(flow) if flow.is_free() && flow.cost() == 0 && may_go(flow) => {
-                    self.table.remove(&key);
-                    dropped = true;
-                }
-                Some(_) => self.visits.push_back(key),
-                None => {}
+            if flow.is_free() && flow.cost() == 0 && may_go(flow) {
+                let flow = self.flows.remove(self.hand);
+                self.places.remove(&flow.key);
+                self.last = None;
+                dropped = true;
             }
         }
         dropped
@@ -162,8 +217,11 @@ impl Flows {
 
     /// A checkpoint was committed; `look` sees the TCP flows of the epoch afterwards.
     pub(super) fn commit(&mut self, mut look: impl FnMut(&mut TcpFlow)) {
-        for key in self.touched.drain(..) {
-            if let Some(flow) = self.table.get_mut(&key) {
+        for id in self.touched.drain(..) {
+            // a place may have become another flow's, which then is here twice
+            if let Some(flow) = self.flows.get_mut(id as usize)
+                && flow.touched
+            {
                 flow.commit();
                 if let Protocol::Tcp(tcp) = &mut flow.protocol {
                     look(tcp);

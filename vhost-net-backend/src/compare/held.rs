@@ -1,41 +1,102 @@
-//! The PVM's packets that may not leave yet, in the order in which it sent them.
+//! The PVM's packets that may not leave yet. Each is in several lists: of all, in the order in which the PVM sent them;
+//! of its flow; and of those whose time will come. Whatever leaves, leaves all of them at once.
 
-use std::collections::VecDeque;
+use slab::Slab;
 
-use crate::packet::{FlowKey, Packet};
+use super::flows::FlowId;
+use crate::packet::Packet;
+use crate::proxy::Buffer;
+
+/// A packet's place.
+pub(super) type HeldId = u32;
+const NONE: HeldId = HeldId::MAX;
+
+/// Which of a packet's links a list goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Chain {
+    /// Of all packets.
+    All,
+    /// Of its flow's packets.
+    Flow,
+    /// Of those that have the same patience.
+    Due,
+}
+
+const CHAINS: usize = 3;
+
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    before: HeldId,
+    behind: HeldId,
+}
+
+const UNLINKED: Link = Link { before: NONE, behind: NONE };
 
 /// A packet that waits.
 #[derive(Debug)]
 pub(super) struct HeldPacket {
-    pub(super) flow: FlowKey,
+    pub(super) flow: FlowId,
     pub(super) packet: Packet,
-    pub(super) frame: Vec<u8>,
+    pub(super) frame: Buffer,
     pub(super) since_us: u64,
-    /// The SVM has said the same, and it waits only for its turn.
-    pub(super) matched: bool,
+    /// When it has waited too long, if it is in a list of those that may.
+    pub(super) due_us: u64,
+    /// Which of these lists, if any.
+    pub(super) due: Option<usize>,
+    /// It is in its flow's second list.
+    pub(super) aside: bool,
+    /// Its place in the order of everything that the PVM sent.
+    pub(super) order: u64,
+    links: [Link; CHAINS],
 }
 
-/// Its place in the order of everything that the PVM sent.
-pub(super) type Order = u64;
+/// A doubly linked list of held packets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct List {
+    chain: Chain,
+    first: HeldId,
+    last: HeldId,
+}
 
-#[derive(Debug, Default)]
-pub(super) struct HeldQueue {
-    /// Sorted by order; the first one is always there.
-    packets: VecDeque<(Order, Option<HeldPacket>)>,
-    next: Order,
-    count: usize,
+impl List {
+    pub(super) const fn of(chain: Chain) -> Self {
+        Self { chain, first: NONE, last: NONE }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.first == NONE
+    }
+
+    pub(super) fn first(&self) -> Option<HeldId> {
+        (self.first != NONE).then_some(self.first)
+    }
+
+    pub(super) fn last(&self) -> Option<HeldId> {
+        (self.last != NONE).then_some(self.last)
+    }
+
+    pub(super) fn clear(&mut self) {
+        *self = Self::of(self.chain);
+    }
+}
+
+/// All packets that wait.
+#[derive(Debug)]
+pub(super) struct HeldPackets {
+    packets: Slab<HeldPacket>,
+    all: List,
+    sent: u64,
     bytes: usize,
     bytes_peak: usize,
-    /// Memory of packets that have gone, for those that come.
-    spare: Vec<Vec<u8>>,
 }
 
-/// Buffers kept for reuse.
-const SPARE_MAX: usize = 256;
+impl HeldPackets {
+    pub(super) fn new() -> Self {
+        Self { packets: Slab::new(), all: List::of(Chain::All), sent: 0, bytes: 0, bytes_peak: 0 }
+    }
 
-impl HeldQueue {
     pub(super) fn count(&self) -> usize {
-        self.count
+        self.packets.len()
     }
 
     pub(super) fn bytes(&self) -> usize {
@@ -46,62 +107,94 @@ impl HeldQueue {
         self.bytes_peak
     }
 
-    /// A buffer with a copy of `frame`.
-    pub(super) fn copy_of(&mut self, frame: &[u8]) -> Vec<u8> {
-        let mut buffer = self.spare.pop().unwrap_or_default();
-        buffer.clear();
-        buffer.extend_from_slice(frame);
-        buffer
-    }
-
-    pub(super) fn push(&mut self, packet: HeldPacket) -> Order {
-        let order = self.next;
-        self.next += 1;
-        self.count += 1;
-        self.bytes += packet.frame.len();
+    /// Adds one behind all others. It is in no other list yet.
+    pub(super) fn push(&mut self, flow: FlowId, packet: Packet, frame: Buffer, now_us: u64) -> HeldId {
+        self.bytes += frame.len();
         self.bytes_peak = self.bytes_peak.max(self.bytes);
-        self.packets.push_back((order, Some(packet)));
-        order
+        let id = self.packets.insert(HeldPacket {
+            flow,
+            packet,
+            frame,
+            since_us: now_us,
+            due_us: 0,
+            due: None,
+            aside: false,
+            order: self.sent,
+            links: [UNLINKED; CHAINS],
+        }) as HeldId;
+        self.sent += 1;
+        let mut all = self.all;
+        self.append(&mut all, id);
+        self.all = all;
+        id
     }
 
-    fn index(&self, order: Order) -> Option<usize> {
-        self.packets.binary_search_by_key(&order, |entry| entry.0).ok()
+    /// # Panics
+    /// When it is not there: a list would be broken.
+    pub(super) fn get(&self, id: HeldId) -> &HeldPacket {
+        &self.packets[id as usize]
     }
 
-    pub(super) fn get(&self, order: Order) -> Option<&HeldPacket> {
-        self.packets[self.index(order)?].1.as_ref()
+    pub(super) fn get_mut(&mut self, id: HeldId) -> &mut HeldPacket {
+        &mut self.packets[id as usize]
     }
 
-    pub(super) fn get_mut(&mut self, order: Order) -> Option<&mut HeldPacket> {
-        let index = self.index(order)?;
-        self.packets[index].1.as_mut()
+    pub(super) fn oldest(&self) -> Option<HeldId> {
+        self.all.first()
     }
 
-    pub(super) fn remove(&mut self, order: Order) -> Option<HeldPacket> {
-        let index = self.index(order)?;
-        let packet = self.packets[index].1.take()?;
-        self.count -= 1;
+    /// The one behind in the list of the chain.
+    pub(super) fn next(&self, chain: Chain, id: HeldId) -> Option<HeldId> {
+        let behind = self.get(id).links[chain as usize].behind;
+        (behind != NONE).then_some(behind)
+    }
+
+    /// The one before in the list of the chain.
+    pub(super) fn previous(&self, chain: Chain, id: HeldId) -> Option<HeldId> {
+        let before = self.get(id).links[chain as usize].before;
+        (before != NONE).then_some(before)
+    }
+
+    /// Puts a packet that is in no list of this chain at the end of one.
+    pub(super) fn append(&mut self, list: &mut List, id: HeldId) {
+        self.insert_behind(list, list.last(), id);
+    }
+
+    /// Puts a packet that is in no list of this chain behind another; first, if there is none.
+    pub(super) fn insert_behind(&mut self, list: &mut List, before: Option<HeldId>, id: HeldId) {
+        let chain = list.chain as usize;
+        let behind = match before {
+            Some(before) => std::mem::replace(&mut self.get_mut(before).links[chain].behind, id),
+            None => std::mem::replace(&mut list.first, id),
+        };
+        match behind {
+            NONE => list.last = id,
+            behind => self.get_mut(behind).links[chain].before = id,
+        }
+        self.get_mut(id).links[chain] = Link { before: before.unwrap_or(NONE), behind };
+    }
+
+    /// Takes a packet out of a list that it is in.
+    pub(super) fn unlink(&mut self, list: &mut List, id: HeldId) {
+        let chain = list.chain as usize;
+        let Link { before, behind } = std::mem::replace(&mut self.get_mut(id).links[chain], UNLINKED);
+        match before {
+            NONE => list.first = behind,
+            before => self.get_mut(before).links[chain].behind = behind,
+        }
+        match behind {
+            NONE => list.last = before,
+            behind => self.get_mut(behind).links[chain].before = before,
+        }
+    }
+
+    /// Takes one out that is in no other list any more.
+    pub(super) fn remove(&mut self, id: HeldId) -> HeldPacket {
+        let mut all = self.all;
+        self.unlink(&mut all, id);
+        self.all = all;
+        let packet = self.packets.remove(id as usize);
         self.bytes -= packet.frame.len();
-        while matches!(self.packets.front(), Some((_, None))) {
-            self.packets.pop_front();
-        }
-        // one packet that waits long must not keep the places of all that have gone since
-        if self.packets.len() > 2 * self.count + 1024 {
-            self.packets.retain(|entry| entry.1.is_some());
-        }
-        Some(packet)
-    }
-
-    /// Takes the oldest one.
-    pub(super) fn pop(&mut self) -> Option<HeldPacket> {
-        let order = self.packets.front()?.0;
-        self.remove(order)
-    }
-
-    /// Gives a packet's memory back.
-    pub(super) fn recycle(&mut self, packet: HeldPacket) {
-        if self.spare.len() < SPARE_MAX {
-            self.spare.push(packet.frame);
-        }
+        packet
     }
 }

@@ -18,12 +18,12 @@ pub(crate) use tcp::is_refusal;
 use std::collections::VecDeque;
 
 use datagrams::essence;
-use flows::{Flows, Protocol};
-use held::{HeldPacket, HeldQueue, Order};
+use flows::{FlowId, Flows, Protocol};
+use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
 use tcp::{Difference, Verdict, Wait};
 
 use crate::packet::{Flags, FlowKey, Kind, Packet};
-use crate::proxy::{Actions, Cause};
+use crate::proxy::{Actions, Buffer, Cause};
 
 /// What the comparison keeps within. Times are in microseconds, like all times here.
 #[derive(Clone, Debug)]
@@ -68,10 +68,9 @@ impl Default for Limits {
 pub struct Compare {
     limits: Limits,
     flows: Flows,
-    held: HeldQueue,
-    /// Held packets by the time when they have waited too long: those that wait normally, the patient ones, and those
-    /// in dispute. What is released meanwhile stays until its time comes.
-    deadlines: [VecDeque<(u64, Order)>; 3],
+    held: HeldPackets,
+    /// Held packets that may wait too long: normally, patiently, and in dispute. Each in the order of their time.
+    due: [List; 3],
     /// Connections that the SVM has reset, by the time when the PVM should have too.
     resets: VecDeque<(u64, FlowKey)>,
     svm_bytes: usize,
@@ -81,11 +80,11 @@ pub struct Compare {
     stats: CompareStats,
 }
 
-/// In which of its flow's queues a packet waits.
-#[derive(Clone, Copy, Debug)]
+/// In which of its flow's lists a packet waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Lane {
     InOrder,
-    Repeats,
+    Aside,
 }
 
 const NORMAL: usize = 0;
@@ -98,8 +97,8 @@ impl Compare {
         Self {
             flows: Flows::new(limits.flows_max),
             limits,
-            held: HeldQueue::default(),
-            deadlines: Default::default(),
+            held: HeldPackets::new(),
+            due: [List::of(Chain::Due); 3],
             resets: VecDeque::new(),
             svm_bytes: 0,
             wanted: false,
@@ -108,27 +107,32 @@ impl Compare {
         }
     }
 
-    /// The PVM has sent this frame.
-    pub fn pvm_says(&mut self, frame: &[u8], packet: Packet, now_us: u64, actions: &mut Actions) {
-        let key = packet.flow_from_guest(frame);
+    /// The PVM has sent this frame, which is `packet`.
+    pub fn pvm_says(&mut self, frame: Buffer, packet: Packet, now_us: u64, actions: &mut Actions) {
         self.stats.pvm_packets += 1;
+        let id = self.flows.get(&packet.flow_from_guest(&frame), now_us);
         if self.suspended {
-            self.hold(key, frame, packet, (false, Lane::InOrder), now_us, actions);
+            self.hold(id, frame, packet, Lane::InOrder, now_us, actions);
             return;
         }
-        let flow = self.flows.get(&key, now_us);
+        let flow = &mut self.flows[id];
         let before = flow.cost();
-        let (mut leaves, mut matched, mut repeats, mut difference) = (false, false, false, None);
+        let (mut leaves, mut lane, mut difference) = (false, Lane::InOrder, None);
         match (&mut flow.protocol, &packet.kind) {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) if !flow.stuck => {
-                repeats = !flow.begins && tcp.repeats(segment);
-                flow.begins |= tcp.begins(segment);
-                let first = if repeats { flow.repeats.is_empty() } else { flow.held.is_empty() };
-                let waits_its_turn = tcp.begins(segment) && !flow.repeats.is_empty();
-                if first && !waits_its_turn {
-                    match tcp.judge(segment, frame) {
+                let begins = tcp.begins(segment);
+                if !flow.begins && tcp.repeats(segment) {
+                    lane = Lane::Aside;
+                }
+                flow.begins |= begins;
+                let first = match lane {
+                    Lane::Aside => flow.aside.is_empty(),
+                    Lane::InOrder => flow.held.is_empty() && !(begins && !flow.aside.is_empty()),
+                };
+                if first {
+                    match tcp.judge(segment, &frame) {
                         Verdict::Release => {
-                            tcp.passed(segment, frame);
+                            tcp.passed(segment, &frame);
                             leaves = true;
                         }
                         Verdict::Wait(_) => {}
@@ -138,8 +142,10 @@ impl Compare {
             }
             (Protocol::Tcp(_), _) => {}
             (Protocol::Messages(messages), _) => {
-                matched = messages.take(essence(&packet, frame));
-                leaves = matched && (flow.held.is_empty() || !messages.ordered);
+                if messages.take(essence(&packet, &frame)) {
+                    leaves = flow.held.is_empty() || !messages.ordered;
+                    lane = Lane::Aside;
+                }
             }
         }
         self.svm_bytes = self.svm_bytes + flow.cost() - before;
@@ -151,42 +157,71 @@ impl Compare {
         }
         if let Some(difference) = difference {
             flow.stuck = true;
-            self.mismatch(&key, &describe(difference), actions);
+            self.mismatch(id, &describe(difference), actions);
         }
-        let lane = if repeats { Lane::Repeats } else { Lane::InOrder };
-        self.hold(key, frame, packet, (matched, lane), now_us, actions);
+        self.hold(id, frame, packet, lane, now_us, actions);
     }
 
     fn hold(
         &mut self,
-        key: FlowKey,
-        frame: &[u8],
+        id: FlowId,
+        frame: Buffer,
         packet: Packet,
-        (matched, lane): (bool, Lane),
+        lane: Lane,
         now_us: u64,
         actions: &mut Actions,
     ) {
-        let flow = self.flows.get(&key, now_us);
-        let patient = match (&packet.kind, &flow.protocol) {
-            (Kind::Tcp { segment, .. }, _) => segment.is_pure_ack(),
-            (_, Protocol::Messages(messages)) => messages.repeatable(),
-            _ => false,
+        let flow = &mut self.flows[id];
+        let patience = match (&packet.kind, &flow.protocol) {
+            // it has been said and waits for those before it, which have their own time
+            (_, Protocol::Messages(_)) if lane == Lane::Aside => None,
+            (_, Protocol::Messages(messages)) if messages.repeatable() => Some(PATIENT),
+            (Kind::Tcp { segment, .. }, _) if segment.is_pure_ack() => Some(PATIENT),
+            _ => Some(NORMAL),
         };
-        let frame = self.held.copy_of(frame);
-        let order = self.held.push(HeldPacket { flow: key, packet, frame, since_us: now_us, matched });
+        let held = self.held.push(id, packet, frame, now_us);
         match lane {
-            Lane::InOrder => flow.held.push_back(order),
-            Lane::Repeats => flow.repeats.push_back(order),
+            Lane::InOrder => self.held.append(&mut flow.held, held),
+            Lane::Aside => {
+                self.held.append(&mut flow.aside, held);
+                self.held.get_mut(held).aside = true;
+            }
         }
-        let (class, limit) =
-            if patient { (PATIENT, self.limits.patient_us_max) } else { (NORMAL, self.limits.held_us_max) };
-        if !self.wanted {
-            self.deadlines[class].push_back((now_us + limit, order));
+        if self.wanted {
+            return;
         }
-        if self.held.bytes() > self.limits.held_bytes_max && !self.wanted {
+        match patience {
+            Some(PATIENT) => self.await_due(PATIENT, held, now_us + self.limits.patient_us_max),
+            Some(_) => self.await_due(NORMAL, held, now_us + self.limits.held_us_max),
+            None => {}
+        }
+        if self.held.bytes() > self.limits.held_bytes_max {
             let detail = format!("{} bytes in {} packets are held", self.held.bytes(), self.held.count());
             self.want(Cause::HeldBytes, detail, actions);
         }
+    }
+
+    /// The packet will have waited too long then.
+    fn await_due(&mut self, class: usize, id: HeldId, due_us: u64) {
+        self.held.append(&mut self.due[class], id);
+        let packet = self.held.get_mut(id);
+        (packet.due, packet.due_us) = (Some(class), due_us);
+    }
+
+    /// The packet waits no longer, or only for its turn.
+    fn await_no_more(&mut self, id: HeldId) {
+        if let Some(class) = self.held.get_mut(id).due.take() {
+            self.held.unlink(&mut self.due[class], id);
+        }
+    }
+
+    /// Takes a packet out of everything.
+    fn take_out(&mut self, id: HeldId) -> HeldPacket {
+        self.await_no_more(id);
+        let HeldPacket { flow, aside, .. } = *self.held.get(id);
+        let flow = &mut self.flows[flow];
+        self.held.unlink(if aside { &mut flow.aside } else { &mut flow.held }, id);
+        self.held.remove(id)
     }
 
     /// The SVM has sent this frame; sequence numbers are in the PVM's space already.
@@ -201,24 +236,26 @@ impl Compare {
             self.want(Cause::Buffer, detail, actions);
             return;
         }
-        if !self.flows.has_room_for(&key) {
+        let Some(id) = self.flows.get_if_room(&key, now_us) else {
             self.stats.svm_packets_dropped += 1;
             let detail = format!("The flow table is full ({} flows)", self.flows.len());
             self.want(Cause::Buffer, detail, actions);
             return;
-        }
-        let flow = self.flows.get(&key, now_us);
+        };
+        let flow = &mut self.flows[id];
         let before = flow.cost();
         match (&mut flow.protocol, &packet.kind) {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) => {
-                tcp.svm_says(segment, frame);
+                let held = &self.held;
+                let waiting = std::iter::successors(flow.held.first(), |id| held.next(Chain::Flow, *id));
+                tcp.svm_says(segment, frame, waiting.map(|id| held.get(id)));
                 if segment.flags.has(Flags::RST) && tcp.svm_alone_has_reset() && !self.wanted {
                     self.resets.push_back((now_us + self.limits.held_us_max, key));
                 }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
-                self.advance_tcp(&key, now_us, actions);
+                self.advance_tcp(id, now_us, actions);
             }
-            (Protocol::Messages(_), _) => self.svm_message(&key, &packet, frame, now_us, actions),
+            (Protocol::Messages(_), _) => self.svm_message(id, &packet, frame, now_us, actions),
             // a key tells TCP from the rest
             (Protocol::Tcp(_), _) => {}
         }
@@ -233,8 +270,9 @@ impl Compare {
             matches!(&packet.kind, Kind::Tcp { segment, .. }
                 if segment.flags.has(Flags::SYN) && segment.seq == isn)
         };
+        let mut waiting = std::iter::successors(flow.held.first(), |id| self.held.next(Chain::Flow, *id));
         matches!(&flow.protocol, Protocol::Tcp(tcp) if tcp.isn() == Some(isn))
-            || flow.held.iter().filter_map(|order| self.held.get(*order)).any(|held| begins(&held.packet))
+            || waiting.any(|id| begins(&self.held.get(id).packet))
     }
 
     /// The PVM is paused for a checkpoint: nothing is gained by asking for another.
@@ -250,147 +288,159 @@ impl Compare {
 
     /// The other end of a connection that the guest opens has answered its SYN.
     pub fn remote_answers(&mut self, flow: &FlowKey, scales_windows: bool) {
-        if let Some(Protocol::Tcp(tcp)) = self.flows.find(flow) {
+        if let Some(Protocol::Tcp(tcp)) = self.flows.find(flow).map(|flow| &mut flow.protocol) {
             tcp.remote_answers(scales_windows);
         }
     }
 
     /// Releases what of a TCP flow may leave now.
-    fn advance_tcp(&mut self, key: &FlowKey, now_us: u64, actions: &mut Actions) {
-        let flow = self.flows.get(key, now_us);
-        for lane in [Lane::Repeats, Lane::InOrder] {
+    fn advance_tcp(&mut self, id: FlowId, now_us: u64, actions: &mut Actions) {
+        for lane in [Lane::Aside, Lane::InOrder] {
             loop {
+                let flow = &mut self.flows[id];
                 let next = match lane {
-                    Lane::InOrder => flow.held.front(),
-                    Lane::Repeats => flow.repeats.front(),
+                    Lane::InOrder => flow.held.first(),
+                    Lane::Aside => flow.aside.first(),
                 };
-                let (false, Some(order)) = (flow.stuck, next.copied()) else {
+                let (false, Some(waiting)) = (flow.stuck, next) else {
                     break;
                 };
                 let before = flow.cost();
-                let (Some(held), Protocol::Tcp(tcp)) = (self.held.get(order), &mut flow.protocol) else {
+                let held = self.held.get(waiting);
+                let (Kind::Tcp { segment, .. }, Protocol::Tcp(tcp)) = (&held.packet.kind, &mut flow.protocol)
+                else {
                     return;
                 };
-                let Kind::Tcp { segment, .. } = &held.packet.kind else {
-                    return;
-                };
-                let begins = tcp.begins(segment);
-                if begins && !flow.repeats.is_empty() {
+                if !flow.aside.is_empty() && lane == Lane::InOrder && tcp.begins(segment) {
                     // they belong to the connection before
                     break;
                 }
                 let verdict = tcp.judge(segment, &held.frame);
                 if verdict == Verdict::Release {
                     tcp.passed(segment, &held.frame);
-                    match lane {
-                        Lane::InOrder => flow.held.pop_front(),
-                        Lane::Repeats => flow.repeats.pop_front(),
-                    };
-                    flow.begins &= !flow.held.is_empty();
-                    if let Some(held) = self.held.remove(order) {
-                        let clamp = self.limits.clamp_windows;
-                        leave(&mut flow.protocol, &held.packet, &held.frame, clamp, actions);
-                        self.stats.released_after_wait(now_us.saturating_sub(held.since_us));
-                        self.held.recycle(held);
-                    }
                 }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
                 match verdict {
-                    Verdict::Release => {}
+                    Verdict::Release => self.release(waiting, now_us, actions),
                     Verdict::Wait(_) => break,
                     Verdict::Differ(difference) => {
                         flow.stuck = true;
-                        self.mismatch(key, &describe(difference), actions);
+                        self.mismatch(id, &describe(difference), actions);
                         return;
                     }
                 }
             }
         }
+        let flow = &mut self.flows[id];
         if let (true, Protocol::Tcp(tcp)) = (flow.is_free(), &mut flow.protocol)
             && let Some(frame) = tcp.reopened_window()
         {
-            actions.push_to_lan(&frame);
+            actions.push_copy_to_lan(&frame);
             self.stats.windows_reopened += 1;
         }
     }
 
-    fn svm_message(
-        &mut self,
-        key: &FlowKey,
-        packet: &Packet,
-        frame: &[u8],
-        now_us: u64,
-        actions: &mut Actions,
-    ) {
-        let flow = self.flows.get(key, now_us);
-        let before = flow.cost();
-        let Protocol::Messages(messages) = &mut flow.protocol else {
+    /// A packet that was held leaves, since the SVM has said the same.
+    fn release(&mut self, id: HeldId, now_us: u64, actions: &mut Actions) {
+        let HeldPacket { flow, packet, frame, since_us, .. } = self.take_out(id);
+        let flow = &mut self.flows[flow];
+        flow.begins &= !flow.held.is_empty();
+        leave(&mut flow.protocol, &packet, frame, self.limits.clamp_windows, actions);
+        self.stats.released_after_wait(now_us.saturating_sub(since_us));
+    }
+
+    fn svm_message(&mut self, id: FlowId, packet: &Packet, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        let Protocol::Messages(messages) = &self.flows[id].protocol else {
             return;
         };
+        let (ordered, repeatable, before) = (messages.ordered, messages.repeatable(), messages.cost());
         let said = essence(packet, frame);
-        let held = &mut self.held;
-        let same = |order: &Order, held: &HeldQueue| {
-            held.get(*order).is_some_and(|held| !held.matched && essence(&held.packet, &held.frame) == said)
-        };
         let mut found = false;
+        let mut next = self.flows[id].held.first();
         // one word of the SVM serves for one packet, or where repetition means nothing for all that are the same
-        while let Some(index) = flow.held.iter().position(|order| same(order, held)) {
-            found = true;
-            if messages.ordered {
-                if let Some(packet) = held.get_mut(flow.held[index]) {
-                    packet.matched = true;
-                }
-            } else if let Some(order) = flow.held.remove(index) {
-                release(held, order, now_us, &mut self.stats, actions);
+        while let Some(waiting) = next {
+            next = self.held.next(Chain::Flow, waiting);
+            let held = self.held.get(waiting);
+            if essence(&held.packet, &held.frame) != said {
+                continue;
             }
-            if !messages.repeatable() {
+            found = true;
+            if ordered {
+                self.await_turn(waiting);
+            } else {
+                self.release(waiting, now_us, actions);
+            }
+            if !repeatable {
                 break;
             }
         }
-        if messages.repeatable() || !found {
+        while let Some(waiting) = self.flows[id].aside.first()
+            && self.is_next(waiting)
+        {
+            self.release(waiting, now_us, actions);
+        }
+        let flow = &mut self.flows[id];
+        if let Protocol::Messages(messages) = &mut flow.protocol
+            && (repeatable || !found)
+        {
             messages.keep(said);
+            self.svm_bytes = self.svm_bytes + messages.cost() - before;
         }
-        let matched = |order: &Order, held: &HeldQueue| held.get(*order).is_none_or(|held| held.matched);
-        while let Some(order) = flow.held.front().copied()
-            && matched(&order, held)
+        if let (false, false, Some(first)) = (found || repeatable, self.wanted, flow.held.first()) {
+            let due_us = now_us + self.limits.disputed_us_max;
+            if self.held.get(first).due_us > due_us {
+                self.await_no_more(first);
+                self.await_due(DISPUTED, first, due_us);
+            }
+        }
+    }
+
+    /// The SVM has said the same as this message, which waits only for its turn from now on.
+    fn await_turn(&mut self, id: HeldId) {
+        self.await_no_more(id);
+        let HeldPacket { flow, order, .. } = *self.held.get(id);
+        let flow = &mut self.flows[flow];
+        self.held.unlink(&mut flow.held, id);
+        let mut before = flow.aside.last();
+        while let Some(last) = before
+            && self.held.get(last).order > order
         {
-            flow.held.pop_front();
-            release(held, order, now_us, &mut self.stats, actions);
+            before = self.held.previous(Chain::Flow, last);
         }
-        if !found
-            && !messages.repeatable()
-            && !self.wanted
-            && let Some(order) = flow.held.iter().find(|order| !matched(order, held))
-        {
-            self.deadlines[DISPUTED].push_back((now_us + self.limits.disputed_us_max, *order));
-        }
-        self.svm_bytes = self.svm_bytes + flow.cost() - before;
+        self.held.insert_behind(&mut flow.aside, before, id);
+        self.held.get_mut(id).aside = true;
+    }
+
+    /// Whether nothing of its flow that the SVM has not said was sent before this message.
+    fn is_next(&self, id: HeldId) -> bool {
+        let held = self.held.get(id);
+        let first = self.flows[held.flow].held.first();
+        first.is_none_or(|first| self.held.get(first).order > held.order)
     }
 
     /// The epoch's checkpoint is committed: releases all that is held in the order in which the PVM sent it, and forgets
     /// what the SVM said.
-    pub fn commit(&mut self, now_us: u64, actions: &mut Actions) {
-        while let Some(packet) = self.held.pop() {
-            let flow = self.flows.get(&packet.flow, now_us);
+    pub fn commit(&mut self, actions: &mut Actions) {
+        while let Some(oldest) = self.held.oldest() {
+            let HeldPacket { flow, packet, frame, .. } = self.held.remove(oldest);
+            let flow = &mut self.flows[flow];
             flow.held.clear();
-            flow.repeats.clear();
+            flow.aside.clear();
             flow.begins = false;
-            if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (&mut flow.protocol, &packet.packet.kind)
-            {
-                tcp.passed(segment, &packet.frame);
+            if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (&mut flow.protocol, &packet.kind) {
+                tcp.passed(segment, &frame);
                 tcp.leaves_unchanged(segment);
             }
-            actions.push_to_lan(&packet.frame);
+            actions.push_to_lan(frame);
             self.stats.released_by_commit += 1;
-            self.held.recycle(packet);
         }
         self.flows.commit(|tcp| {
             if let Some(frame) = tcp.reopened_window() {
-                actions.push_to_lan(&frame);
+                actions.push_copy_to_lan(&frame);
                 self.stats.windows_reopened += 1;
             }
         });
-        self.deadlines.iter_mut().for_each(VecDeque::clear);
+        self.due.iter_mut().for_each(List::clear);
         self.resets.clear();
         self.svm_bytes = 0;
         self.wanted = false;
@@ -412,22 +462,19 @@ impl Compare {
             // one wish an epoch is enough
             return None;
         }
-        let held = self.deadlines.iter().filter_map(|queue| Some(queue.front()?.0));
+        let held = self.due.iter().filter_map(|list| Some(self.held.get(list.first()?).due_us));
         held.chain(self.resets.front().map(|reset| reset.0)).min()
     }
 
     /// Looks whether something has waited too long.
     pub fn tick(&mut self, now_us: u64, actions: &mut Actions) {
         for class in [NORMAL, PATIENT, DISPUTED] {
-            while let Some((deadline, order)) = self.deadlines[class].front().copied() {
-                let waits = self.held.get(order).is_some_and(|held| class != DISPUTED || !held.matched);
-                if waits && (deadline > now_us || self.wanted) {
-                    break;
-                }
-                self.deadlines[class].pop_front();
-                if waits {
-                    self.waited_too_long(order, now_us, actions);
-                }
+            while let Some(first) = self.due[class].first()
+                && self.held.get(first).due_us <= now_us
+                && !self.wanted
+            {
+                self.await_no_more(first);
+                self.waited_too_long(first, now_us, actions);
             }
         }
         while let Some((deadline, key)) = self.resets.front().copied()
@@ -436,24 +483,25 @@ impl Compare {
         {
             self.resets.pop_front();
             // after a failover the client would be reset, though the PVM never meant to
-            if let Some(Protocol::Tcp(tcp)) = self.flows.find(&key)
+            if let Some(flow) = self.flows.find(&key)
+                && let Protocol::Tcp(tcp) = &flow.protocol
                 && tcp.svm_alone_has_reset()
             {
-                self.mismatch(&key, "the PVM goes on, the SVM resets", actions);
+                let id = self.flows.get(&key, now_us);
+                self.mismatch(id, "the PVM goes on, the SVM resets", actions);
             }
         }
         self.flows.age(now_us);
     }
 
-    fn waited_too_long(&mut self, order: Order, now_us: u64, actions: &mut Actions) {
-        let Some(held) = self.held.get(order) else {
-            return;
-        };
-        let (key, waited_us) = (held.flow, now_us.saturating_sub(held.since_us));
-        let flow = self.flows.get(&key, now_us);
+    fn waited_too_long(&mut self, id: HeldId, now_us: u64, actions: &mut Actions) {
+        let held = self.held.get(id);
+        let waited_us = now_us.saturating_sub(held.since_us);
+        let flow_id = held.flow;
+        let flow = &mut self.flows[flow_id];
         let before = flow.cost();
-        let first = match flow.held.front() {
-            Some(first) if !flow.repeats.contains(&order) => self.held.get(*first).unwrap_or(held),
+        let first = match flow.held.first() {
+            Some(first) if !held.aside => self.held.get(first),
             _ => held,
         };
         let mut what = "the SVM's datagram".to_owned();
@@ -473,17 +521,18 @@ impl Compare {
         if let Some((offset, pvm, svm)) = differs {
             let byte =
                 |byte: Option<u8>| byte.map_or_else(|| "the end".to_owned(), |byte| format!("{byte:#04x}"));
-            self.mismatch(&key, &format!("offset {offset}: PVM {}, SVM {}", byte(pvm), byte(svm)), actions);
+            let what = format!("offset {offset}: PVM {}, SVM {}", byte(pvm), byte(svm));
+            self.mismatch(flow_id, &what, actions);
             return;
         }
         self.stats.held_too_long += 1;
-        let detail = format!("{key}: held for {} ms, waits for {what}", waited_us / 1000);
+        let detail = format!("{}: held for {} ms, waits for {what}", flow.key, waited_us / 1000);
         self.want(Cause::HeldTooLong, detail, actions);
     }
 
-    fn mismatch(&mut self, key: &FlowKey, what: &str, actions: &mut Actions) {
+    fn mismatch(&mut self, id: FlowId, what: &str, actions: &mut Actions) {
         self.stats.mismatches += 1;
-        let detail = format!("{key}: {what}");
+        let detail = format!("{}: {what}", self.flows[id].key);
         self.stats.last_mismatch = Some(detail.clone());
         self.want(Cause::Mismatch, detail, actions);
     }
@@ -510,23 +559,15 @@ impl Compare {
 }
 
 /// A packet that has not waited, or has no longer to, leaves.
-fn leave(protocol: &mut Protocol, packet: &Packet, frame: &[u8], clamp: bool, actions: &mut Actions) {
-    let leaving = actions.push_to_lan(frame);
+fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Buffer, clamp: bool, actions: &mut Actions) {
     if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (protocol, &packet.kind) {
         if clamp {
-            tcp.leaves(packet, segment, leaving);
+            tcp.leaves(packet, segment, &mut frame);
         } else {
             tcp.leaves_unchanged(segment);
         }
     }
-}
-
-fn release(held: &mut HeldQueue, order: Order, now_us: u64, stats: &mut CompareStats, actions: &mut Actions) {
-    if let Some(packet) = held.remove(order) {
-        actions.push_to_lan(&packet.frame);
-        stats.released_after_wait(now_us.saturating_sub(packet.since_us));
-        held.recycle(packet);
-    }
+    actions.push_to_lan(frame);
 }
 
 fn describe(difference: Difference) -> String {

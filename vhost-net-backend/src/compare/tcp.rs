@@ -5,9 +5,10 @@
 
 use std::collections::VecDeque;
 
+use super::held::HeldPacket;
 use super::stream::{Agreement, Anchor, Ranges, Store};
 use super::window::Window;
-use crate::packet::{Flags, Packet, Segment, SynOptions};
+use crate::packet::{Flags, Kind, Packet, Segment, SynOptions};
 
 /// Whether a segment of the PVM may leave.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,8 +170,14 @@ impl TcpFlow {
         !self.reset && self.ahead.is_empty() && self.svm.reset
     }
 
-    /// Takes in a segment of the SVM.
-    pub(super) fn svm_says(&mut self, segment: &Segment, frame: &[u8]) {
+    /// Takes in a segment of the SVM. `waiting` are the PVM's segments that wait, in order: what they say too is compared
+    /// here and not kept.
+    pub(super) fn svm_says<'a>(
+        &mut self,
+        segment: &Segment,
+        frame: &[u8],
+        waiting: impl Iterator<Item = &'a HeldPacket>,
+    ) {
         let flags = segment.flags;
         if flags.has(Flags::SYN) && !flags.has(Flags::RST) {
             let known = self.isn == Some(segment.seq)
@@ -204,15 +211,63 @@ impl TcpFlow {
         let start = svm.anchor.place(segment.seq);
         let data = &frame[segment.payload.clone()];
         let end = start + data.len() as u64;
-        let mut from = start;
-        while let Some((first, last)) =
-            if current { self.settled.first_gap(from, end) } else { (from < end).then_some((from, end)) }
-        {
-            svm.store.insert(first, &data[(first - start) as usize..(last - start) as usize]);
-            from = last;
-        }
         if flags.has(Flags::FIN) {
             svm.fin = Some(end);
+        }
+        if data.is_empty() {
+            return;
+        }
+        if current {
+            self.compare_with_waiting(start, data, waiting);
+        } else {
+            svm.store.insert(start, data);
+        }
+    }
+
+    /// Compares data of the SVM with the segments that wait, and keeps what they do not say.
+    fn compare_with_waiting<'a>(
+        &mut self,
+        start: u64,
+        data: &[u8],
+        mut waiting: impl Iterator<Item = &'a HeldPacket>,
+    ) {
+        let end = start + data.len() as u64;
+        let slice = |from: u64, to: u64| &data[(from - start) as usize..(to - start) as usize];
+        let mut from = start;
+        let mut pvm = None;
+        while let Some((first, last)) = self.settled.first_gap(from, end) {
+            // the waiting segment that says something from there on
+            while pvm.as_ref().is_none_or(|&(_, to, _): &(u64, u64, &[u8])| to <= first) {
+                let Some(held) = waiting.next() else {
+                    pvm = Some((u64::MAX, u64::MAX, &[][..]));
+                    break;
+                };
+                pvm = match &held.packet.kind {
+                    Kind::Tcp { segment, .. } if !self.begins(segment) => {
+                        let at = self.svm.anchor.place(data_seq(segment));
+                        let data = &held.frame[segment.payload.clone()];
+                        Some((at, at + data.len() as u64, data))
+                    }
+                    // another connection
+                    _ => Some((u64::MAX, u64::MAX, &[][..])),
+                };
+            }
+            let Some((at, to, said)) = pvm else {
+                break;
+            };
+            if at > first {
+                from = last.min(at);
+                self.svm.store.insert(first, slice(first, from));
+                continue;
+            }
+            from = last.min(to);
+            let same = same_bytes(slice(first, from), &said[(first - at) as usize..]);
+            let same_to = first + same as u64;
+            self.settled.insert(first, same_to);
+            self.svm.store.remove(first, same_to);
+            if same_to < from {
+                self.svm.store.insert(same_to, slice(same_to, from));
+            }
         }
     }
 
@@ -441,6 +496,14 @@ impl TcpFlow {
             ..SvmEnd::default()
         };
     }
+}
+
+/// How many bytes at the beginning of `some` are those of `others`, which are at least as many.
+fn same_bytes(some: &[u8], others: &[u8]) -> usize {
+    if some == &others[..some.len()] {
+        return some.len();
+    }
+    some.iter().zip(others).take_while(|(a, b)| a == b).count()
 }
 
 /// The sequence number of the first byte of data.

@@ -1,6 +1,6 @@
 //! Stories, and random ones against a model that remembers everything.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use etherparse::TcpOptionElement;
 use proptest::prelude::*;
@@ -21,7 +21,8 @@ impl Bench {
     }
 
     fn pvm(&mut self, frame: &[u8]) -> Done {
-        self.compare.pvm_says(frame, Packet::parse(frame), self.now_us, &mut self.actions);
+        let buffer = self.actions.pool().copy_of(frame);
+        self.compare.pvm_says(buffer, Packet::parse(frame), self.now_us, &mut self.actions);
         carry_out(&mut self.actions)
     }
 
@@ -31,7 +32,7 @@ impl Bench {
     }
 
     fn commit(&mut self) -> Done {
-        self.compare.commit(self.now_us, &mut self.actions);
+        self.compare.commit(&mut self.actions);
         carry_out(&mut self.actions)
     }
 

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use serde::Serialize;
 
+use super::buffer::{Buffer, Pool};
+
 /// One thing to do, in the order in which the list gives them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action<'a> {
@@ -62,7 +64,7 @@ impl Cause {
 
 #[derive(Debug)]
 enum Entry {
-    ToLan(Range<usize>),
+    ToLan(Buffer),
     ToGuest(Range<usize>),
     ToPeer { kind: u16, epoch: u64, payload: Range<usize> },
     CheckpointWanted { cause: Cause, detail: String },
@@ -74,6 +76,7 @@ enum Entry {
 pub struct Actions {
     bytes: Vec<u8>,
     entries: Vec<Entry>,
+    pool: Pool,
 }
 
 impl Actions {
@@ -85,7 +88,11 @@ impl Actions {
     /// Empties the list and keeps its memory.
     pub fn clear(&mut self) {
         self.bytes.clear();
-        self.entries.clear();
+        for entry in self.entries.drain(..) {
+            if let Entry::ToLan(frame) = entry {
+                self.pool.give(frame);
+            }
+        }
     }
 
     /// Whether there is nothing to do.
@@ -96,7 +103,7 @@ impl Actions {
     /// The actions in order.
     pub fn iter(&self) -> impl Iterator<Item = Action<'_>> {
         self.entries.iter().map(|entry| match entry {
-            Entry::ToLan(frame) => Action::ToLan(&self.bytes[frame.clone()]),
+            Entry::ToLan(frame) => Action::ToLan(frame),
             Entry::ToGuest(frame) => Action::ToGuest(&self.bytes[frame.clone()]),
             Entry::ToPeer { kind, epoch, payload } => {
                 Action::ToPeer { kind: *kind, epoch: *epoch, payload: &self.bytes[payload.clone()] }
@@ -112,11 +119,24 @@ impl Actions {
         start..self.bytes.len()
     }
 
-    /// Adds a frame for the LAN; what is returned may still be changed.
-    pub fn push_to_lan(&mut self, frame: &[u8]) -> &mut [u8] {
-        let range = self.keep(frame);
-        self.entries.push(Entry::ToLan(range.clone()));
-        &mut self.bytes[range]
+    /// Memory for frames; what goes to the LAN comes back here.
+    pub fn pool(&mut self) -> &mut Pool {
+        &mut self.pool
+    }
+
+    /// Adds a frame for the LAN.
+    pub fn push_to_lan(&mut self, frame: Buffer) {
+        self.entries.push(Entry::ToLan(frame));
+    }
+
+    /// Adds a copy of a frame for the LAN; what is returned may still be changed.
+    pub fn push_copy_to_lan(&mut self, frame: &[u8]) -> &mut [u8] {
+        let frame = self.pool.copy_of(frame);
+        self.entries.push(Entry::ToLan(frame));
+        match self.entries.last_mut() {
+            Some(Entry::ToLan(frame)) => frame,
+            _ => &mut [],
+        }
     }
 
     /// Adds a frame for the guest; what is returned may still be changed.

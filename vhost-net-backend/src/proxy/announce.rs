@@ -106,15 +106,15 @@ impl GuestAddresses {
     pub fn announce(&self, actions: &mut Actions) {
         for interface in &self.interfaces {
             // whatever the guest speaks, switches learn from this
-            actions.push_to_lan(&interface.rarp_request());
+            actions.push_copy_to_lan(&interface.rarp_request());
             let used = interface.used.filter(|_| interface.claimed.is_empty());
             for address in interface.claimed.iter().copied().chain(used) {
                 match address {
                     IpAddr::V4(address) => {
-                        actions.push_to_lan(&interface.arp(ETHERTYPE_ARP, 1, address.octets()));
+                        actions.push_copy_to_lan(&interface.arp(ETHERTYPE_ARP, 1, address.octets()));
                     }
                     IpAddr::V6(address) => {
-                        actions.push_to_lan(&interface.neighbour_advertisement(address));
+                        actions.push_copy_to_lan(&interface.neighbour_advertisement(address));
                     }
                 }
             }

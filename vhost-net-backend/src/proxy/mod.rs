@@ -5,12 +5,14 @@
 
 mod actions;
 mod announce;
+mod buffer;
 mod primary;
 mod secondary;
 
 pub use actions::{Action, Actions, Cause};
 pub use announce::GuestAddresses;
 pub(crate) use announce::rarp_request;
+pub use buffer::{Buffer, Pool};
 pub use primary::{Primary, PrimaryStats};
 pub use secondary::{Secondary, SecondaryStats};
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use serde::Serialize;
 
-use super::{Actions, Config, HOUSEKEEPING_US, Mode, OrderError};
+use super::{Actions, Buffer, Config, HOUSEKEEPING_US, Mode, OrderError};
 use crate::compare::{Compare, CompareStats};
 use crate::packet::{Flags, Kind, Packet};
 use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, OUTPUT, WireError};
@@ -63,16 +63,14 @@ impl Primary {
     }
 
     /// The PVM has sent this frame.
-    pub fn guest_output(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+    pub fn guest_output(&mut self, frame: Buffer, now_us: u64, actions: &mut Actions) {
         match self.mode {
-            Mode::Alone => {
-                actions.push_to_lan(frame);
-            }
-            Mode::Silent => {}
+            Mode::Alone => actions.push_to_lan(frame),
+            Mode::Silent => actions.pool().give(frame),
             Mode::Detached | Mode::Protected => {
-                let packet = Packet::parse(frame);
+                let packet = Packet::parse(&frame);
                 if self.mode == Mode::Protected {
-                    self.tell_isn(frame, &packet, actions);
+                    self.tell_isn(&frame, &packet, actions);
                 }
                 self.compare.pvm_says(frame, packet, now_us, actions);
             }
@@ -190,7 +188,7 @@ impl Primary {
             return Ok(());
         }
         self.check("commit", epoch)?;
-        self.compare.commit(now_us, actions);
+        self.compare.commit(actions);
         self.epoch += 1;
         self.marked = false;
         self.early_bytes = 0;
@@ -239,11 +237,11 @@ impl Primary {
     }
 
     /// This side has won: all that is held leaves, in order, and from now on everything leaves.
-    pub fn take_over(&mut self, now_us: u64, actions: &mut Actions) {
+    pub fn take_over(&mut self, _now_us: u64, actions: &mut Actions) {
         if self.mode != Mode::Silent {
             self.mode = Mode::Alone;
             self.early.clear();
-            self.compare.commit(now_us, actions);
+            self.compare.commit(actions);
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use serde::Serialize;
 
-use super::{Actions, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
+use super::{Actions, Buffer, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
 use crate::rewrite::{Exit, RewriteStats, Rewriter};
 use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, WireError};
 
@@ -63,18 +63,21 @@ impl Secondary {
     }
 
     /// The SVM has sent this frame.
-    pub fn guest_output(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+    pub fn guest_output(&mut self, frame: Buffer, now_us: u64, actions: &mut Actions) {
         let exit = match self.mode {
-            Mode::Protected => Exit::Peer { epoch: self.epoch },
-            Mode::Alone => Exit::Lan,
+            Mode::Protected => Some(Exit::Peer { epoch: self.epoch }),
+            Mode::Alone => Some(Exit::Lan),
             // nothing may get out, whatever the caller does
-            Mode::Detached | Mode::Silent => return,
+            Mode::Detached | Mode::Silent => None,
         };
-        self.svm_packets += 1;
-        if self.mode == Mode::Protected {
-            self.addresses.learn_from_guest(frame);
+        if let Some(exit) = exit {
+            self.svm_packets += 1;
+            if self.mode == Mode::Protected {
+                self.addresses.learn_from_guest(&frame);
+            }
+            self.rewriter.outbound(&frame, now_us, exit, actions);
         }
-        self.rewriter.outbound(frame, now_us, exit, actions);
+        actions.pool().give(frame);
     }
 
     /// Whether another frame may be taken from the guest. When not, its queue must wait: what is taken while nothing is

@@ -35,31 +35,31 @@ fn secondary() -> Secondary {
 fn the_primary_tells_where_a_connection_begins_before_it_releases_it_and_once() {
     let mut primary = primary();
     let syn = Tcp { seq: 77, ack: Some(5), syn: true, ..Tcp::default() }.frame();
-    let done = done!(primary.guest_output(&syn, 0));
+    let done = done!(primary.guest_output(Buffer::from(&syn[..]), 0));
     let [(kind, epoch, payload)] = &done.to_peer[..] else { panic!("{done:?}") };
     assert_eq!((*kind, *epoch, Isn::from_bytes(payload).unwrap().isn), (ISN, 1, 77));
     assert!(done.to_lan.is_empty());
-    assert_eq!(done!(primary.guest_output(&syn, 0)), Done::default());
+    assert_eq!(done!(primary.guest_output(Buffer::from(&syn[..]), 0)), Done::default());
     let done = done!(primary.peer_frame(OUTPUT, 1, &syn, 0));
     assert_eq!(done, to_lan(&[syn.clone(), syn.clone()]));
-    assert_eq!(done!(primary.guest_output(&syn, 0)), to_lan(std::slice::from_ref(&syn)));
+    assert_eq!(done!(primary.guest_output(Buffer::from(&syn[..]), 0)), to_lan(std::slice::from_ref(&syn)));
     // after a commit the SVM has the same number: to tell it again would make it wait for a SYN that never comes
     done!(primary.commit(1, 0));
-    assert_eq!(done!(primary.guest_output(&syn, 0)), to_lan(&[syn]));
+    assert_eq!(done!(primary.guest_output(Buffer::from(&syn[..]), 0)), to_lan(&[syn]));
 }
 
 #[test]
 fn what_the_svm_says_counts_for_its_epoch_only() {
     let mut primary = primary();
-    done!(primary.guest_output(&frame("one"), 0));
-    done!(primary.guest_output(&frame("two"), 0));
+    done!(primary.guest_output(Buffer::from(&frame("one")[..]), 0));
+    done!(primary.guest_output(Buffer::from(&frame("two")[..]), 0));
     // the secondary has heard of the commit first
     assert_eq!(done!(primary.peer_frame(EPOCH, 2, &[], 0)), Done::default());
     assert_eq!(done!(primary.peer_frame(OUTPUT, 2, &frame("three"), 0)), Done::default());
     assert_eq!(done!(primary.commit(1, 0)), to_lan(&[frame("one"), frame("two")]));
     assert_eq!(done!(primary.peer_frame(OUTPUT, 1, &frame("four"), 0)), Done::default());
-    assert_eq!(done!(primary.guest_output(&frame("three"), 0)), to_lan(&[frame("three")]));
-    assert_eq!(done!(primary.guest_output(&frame("four"), 0)), Done::default());
+    assert_eq!(done!(primary.guest_output(Buffer::from(&frame("three")[..]), 0)), to_lan(&[frame("three")]));
+    assert_eq!(done!(primary.guest_output(Buffer::from(&frame("four")[..]), 0)), Done::default());
     assert_eq!(primary.stats().stale_packets, 1);
 }
 
@@ -81,11 +81,11 @@ fn packets_after_the_marker_belong_to_the_next_epoch() {
 #[test]
 fn no_checkpoint_is_asked_for_during_one() {
     let mut primary = primary();
-    done!(primary.guest_output(&frame("held"), 0));
+    done!(primary.guest_output(Buffer::from(&frame("held")[..]), 0));
     done!(primary.marker(1));
     assert_eq!(done!(primary.tick(500_000)), Done::default());
     done!(primary.commit(1, 600_000));
-    done!(primary.guest_output(&frame("held"), 600_000));
+    done!(primary.guest_output(Buffer::from(&frame("held")[..]), 600_000));
     assert_eq!(done!(primary.tick(700_000)).wanted.len(), 1);
 }
 
@@ -93,8 +93,8 @@ fn no_checkpoint_is_asked_for_during_one() {
 fn a_deadline_is_past_once_it_was_looked_at() {
     let mut primary = primary();
     let mut now_us = 0;
-    done!(primary.guest_output(&frame("held"), now_us));
-    done!(primary.guest_output(&arp(1), now_us));
+    done!(primary.guest_output(Buffer::from(&frame("held")[..]), now_us));
+    done!(primary.guest_output(Buffer::from(&arp(1)[..]), now_us));
     for _ in 0..10 {
         let next = primary.next_deadline().unwrap();
         assert!(next > now_us);
@@ -106,7 +106,7 @@ fn a_deadline_is_past_once_it_was_looked_at() {
 #[test]
 fn orders_for_another_epoch_change_nothing() {
     let (mut primary, mut secondary) = (primary(), secondary());
-    done!(primary.guest_output(&frame("held"), 0));
+    done!(primary.guest_output(Buffer::from(&frame("held")[..]), 0));
     let mut actions = Actions::new();
     for epoch in [0, 2] {
         let refused = primary.commit(epoch, 0, &mut actions).unwrap_err();
@@ -121,17 +121,17 @@ fn orders_for_another_epoch_change_nothing() {
 #[test]
 fn nothing_leaves_a_primary_that_has_lost_its_peer_until_it_has_won() {
     let mut primary = primary();
-    done!(primary.guest_output(&frame("one"), 0));
+    done!(primary.guest_output(Buffer::from(&frame("one")[..]), 0));
     primary.detach();
     assert_eq!(primary.next_deadline(), None);
-    done!(primary.guest_output(&frame("two"), 0));
+    done!(primary.guest_output(Buffer::from(&frame("two")[..]), 0));
     assert_eq!(done!(primary.peer_frame(OUTPUT, 1, &frame("one"), 0)), Done::default());
     assert_eq!(done!(primary.commit(1, 0)), Done::default());
     assert_eq!(done!(primary.tick(9_000_000)), Done::default());
-    done!(primary.guest_output(&frame("three"), 0));
+    done!(primary.guest_output(Buffer::from(&frame("three")[..]), 0));
     let all = ["one", "two", "three"].map(frame);
     assert_eq!(done!(primary.take_over(0)), to_lan(&all));
-    assert_eq!(done!(primary.guest_output(&frame("four"), 0)), to_lan(&[frame("four")]));
+    assert_eq!(done!(primary.guest_output(Buffer::from(&frame("four")[..]), 0)), to_lan(&[frame("four")]));
     let done = done!(primary.lan_input(&frame("in"), 0));
     assert_eq!(done, Done { to_guest: vec![frame("in")], ..Done::default() });
 }
@@ -139,15 +139,15 @@ fn nothing_leaves_a_primary_that_has_lost_its_peer_until_it_has_won() {
 #[test]
 fn a_loser_is_silent_for_ever() {
     let (mut primary, mut secondary) = (primary(), secondary());
-    done!(primary.guest_output(&frame("held"), 0));
+    done!(primary.guest_output(Buffer::from(&frame("held")[..]), 0));
     primary.silence();
     secondary.silence();
     assert_eq!(done!(primary.take_over(0)), Done::default());
     assert_eq!(done!(secondary.take_over(0)), Done::default());
     for half in 0..2 {
         let done = match half {
-            0 => done!(primary.guest_output(&frame("out"), 0)),
-            _ => done!(secondary.guest_output(&frame("out"), 0)),
+            0 => done!(primary.guest_output(Buffer::from(&frame("out")[..]), 0)),
+            _ => done!(secondary.guest_output(Buffer::from(&frame("out")[..]), 0)),
         };
         assert_eq!(done, Done::default());
     }
@@ -159,17 +159,17 @@ fn a_loser_is_silent_for_ever() {
 #[test]
 fn nothing_of_a_secondary_reaches_the_lan_until_it_has_won() {
     let mut secondary = secondary();
-    let done = done!(secondary.guest_output(&arp(1), 0));
+    let done = done!(secondary.guest_output(Buffer::from(&arp(1)[..]), 0));
     assert_eq!(done.to_peer, [(OUTPUT, 1, arp(1))]);
     assert_eq!(done!(secondary.lan_input(&frame("in"), 0)), Done::default());
     let done = done!(secondary.peer_frame(MIRROR, 1, &frame("in"), 0));
     assert_eq!(done.to_guest, [frame("in")]);
     assert_eq!(done!(secondary.peer_frame(MARKER, 1, &[], 0)).markers, [1]);
     assert_eq!(done!(secondary.commit(1)).to_peer, [(EPOCH, 2, vec![])]);
-    assert_eq!(done!(secondary.guest_output(&arp(1), 0)).to_peer, [(OUTPUT, 2, arp(1))]);
+    assert_eq!(done!(secondary.guest_output(Buffer::from(&arp(1)[..]), 0)).to_peer, [(OUTPUT, 2, arp(1))]);
     secondary.detach();
     assert!(!secondary.accepts_output());
-    assert_eq!(done!(secondary.guest_output(&arp(1), 0)), Done::default());
+    assert_eq!(done!(secondary.guest_output(Buffer::from(&arp(1)[..]), 0)), Done::default());
     // the commit came before the link broke, the order after it
     assert_eq!(done!(secondary.commit(2)), Done::default());
     assert_eq!(secondary.stats().epoch, 3);
@@ -177,7 +177,7 @@ fn nothing_of_a_secondary_reaches_the_lan_until_it_has_won() {
     let announced = done!(secondary.take_over(1_000_000)).to_lan;
     assert_eq!(announced.len(), 2);
     assert_eq!(done!(secondary.take_over(1_000_000)), Done::default());
-    assert_eq!(done!(secondary.guest_output(&frame("out"), 0)).to_lan, [frame("out")]);
+    assert_eq!(done!(secondary.guest_output(Buffer::from(&frame("out")[..]), 0)).to_lan, [frame("out")]);
     assert_eq!(done!(secondary.lan_input(&frame("in"), 0)).to_guest, [frame("in")]);
     // switches lose packets too
     let mut again = 0;
@@ -209,7 +209,7 @@ fn a_peer_that_makes_no_sense_is_refused() {
 #[test]
 fn the_figures_can_be_shown() {
     let mut primary = primary();
-    done!(primary.guest_output(&frame("held"), 0));
+    done!(primary.guest_output(Buffer::from(&frame("held")[..]), 0));
     done!(primary.tick(100_000));
     let figures = serde_json::to_value(primary.stats()).unwrap();
     assert_eq!(figures["mode"], "protected");
@@ -233,7 +233,7 @@ proptest! {
         for (step, kind, epoch, bytes, us) in steps {
             now_us += us;
             let _ = match step {
-                0 => { primary.guest_output(&bytes, now_us, &mut actions); None }
+                0 => { primary.guest_output(Buffer::from(&bytes[..]), now_us, &mut actions); None }
                 1 => { primary.lan_input(&bytes, now_us, &mut actions); None }
                 2 => primary.peer_frame(kind, epoch, &bytes, now_us, &mut actions).err().map(|e| e.to_string()),
                 3 => primary.commit(epoch, now_us, &mut actions).err().map(|e| e.to_string()),
@@ -243,7 +243,7 @@ proptest! {
             carry_out(&mut actions);
             let _ = match step {
                 4 => { secondary.tick(now_us, &mut actions); None }
-                5 => { secondary.guest_output(&bytes, now_us, &mut actions); None }
+                5 => { secondary.guest_output(Buffer::from(&bytes[..]), now_us, &mut actions); None }
                 6 => secondary.peer_frame(kind, epoch, &bytes, now_us, &mut actions).err().map(|e| e.to_string()),
                 7 => secondary.commit(epoch, &mut actions).err().map(|e| e.to_string()),
                 8 if us % 20 == 0 => {

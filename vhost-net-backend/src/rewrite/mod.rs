@@ -49,7 +49,7 @@ impl Exit {
     fn send<'a>(self, frame: &[u8], actions: &'a mut Actions) -> &'a mut [u8] {
         match self {
             Self::Peer { epoch } => actions.push_to_peer(OUTPUT, epoch, frame),
-            Self::Lan => actions.push_to_lan(frame),
+            Self::Lan => actions.push_copy_to_lan(frame),
         }
     }
 }
@@ -223,7 +223,7 @@ impl Rewriter {
         self.stats.held_bytes = 0;
         self.connections.retain(|_, connection| {
             for frame in connection.held.drain(..) {
-                actions.push_to_lan(&frame);
+                actions.push_copy_to_lan(&frame);
             }
             connection.shift().is_some()
         });

@@ -51,7 +51,11 @@ impl Worker {
                 break;
             }
             any = true;
-            let frame = frame::from_guest(&mut self.chain, self.offloads.header_bytes(), &mut self.frame);
+            let Mode::Protected(protection) = &mut self.mode else {
+                break;
+            };
+            let pool = protection.actions.pool();
+            let frame = frame::from_guest(&mut self.chain, self.offloads.header_bytes(), pool);
             ring.add_used(self.chain.head(), 0);
             let Some(frame) = frame else {
                 self.counters.guest_malformed += 1;
@@ -59,10 +63,8 @@ impl Worker {
             };
             self.counters.guest_frames += 1;
             self.counters.guest_bytes += frame.len() as u64;
-            if let Mode::Protected(protection) = &mut self.mode {
-                protection.guest_output(frame);
-                self.carry_out();
-            }
+            protection.guest_output(frame);
+            self.carry_out();
         }
         if let Some(ring) = &mut self.rings[TX] {
             ring.signal_used();

@@ -1,0 +1,104 @@
+//! Memory for one frame each, taken from a pool and given back to it, so that a frame is copied once on its way from the
+//! guest to the LAN, however long it waits, and nothing is allocated for it.
+
+use std::ops::{Deref, DerefMut};
+
+/// What a small buffer holds: a frame of an ordinary MTU.
+const SMALL_BYTES: usize = 2048;
+/// Buffers of either size that a pool keeps.
+const SPARE_SMALL_MAX: usize = 4096;
+const SPARE_LARGE_MAX: usize = 64;
+
+/// The bytes of one frame.
+#[derive(Debug, Default)]
+pub struct Buffer {
+    /// As long as the longest frame that was here: never shortened, so that nothing is cleared twice.
+    storage: Vec<u8>,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Makes it so long. The content is arbitrary.
+    pub fn resize(&mut self, bytes: usize) {
+        if self.storage.len() < bytes {
+            self.storage.resize(bytes, 0);
+        }
+        self.bytes = bytes;
+    }
+}
+
+impl From<&[u8]> for Buffer {
+    fn from(frame: &[u8]) -> Self {
+        Self { storage: frame.to_vec(), bytes: frame.len() }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.storage[..self.bytes]
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.storage[..self.bytes]
+    }
+}
+
+/// Buffers that are not in use.
+#[derive(Debug, Default)]
+pub struct Pool {
+    small: Vec<Buffer>,
+    large: Vec<Buffer>,
+}
+
+impl Pool {
+    /// A buffer of so many bytes, of arbitrary content.
+    pub fn take(&mut self, bytes: usize) -> Buffer {
+        let spare = if bytes <= SMALL_BYTES { &mut self.small } else { &mut self.large };
+        let mut buffer = spare.pop().unwrap_or_default();
+        buffer.resize(bytes);
+        buffer
+    }
+
+    /// A copy of `frame`.
+    pub fn copy_of(&mut self, frame: &[u8]) -> Buffer {
+        let mut buffer = self.take(frame.len());
+        buffer.copy_from_slice(frame);
+        buffer
+    }
+
+    /// Takes a buffer back.
+    pub fn give(&mut self, buffer: Buffer) {
+        let (spare, max) = if buffer.storage.len() <= SMALL_BYTES {
+            (&mut self.small, SPARE_SMALL_MAX)
+        } else {
+            (&mut self.large, SPARE_LARGE_MAX)
+        };
+        if spare.len() < max {
+            spare.push(buffer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_used_again() {
+        let mut pool = Pool::default();
+        let small = pool.copy_of(&[1; 60]);
+        assert_eq!(&small[..], [1; 60]);
+        let place = small.as_ptr();
+        pool.give(small);
+        let large = pool.take(9000);
+        assert_ne!(large.as_ptr(), place);
+        assert_eq!(large.len(), 9000);
+        pool.give(large);
+        let shorter = pool.copy_of(&[2; 50]);
+        assert_eq!((shorter.as_ptr(), &shorter[..]), (place, &[2; 50][..]));
+    }
+}
