@@ -293,7 +293,7 @@ impl World {
         }
         if let Some(primary) = &mut self.primary {
             while let Ok(Some(bytes)) = self.pvm.read(&mut frame) {
-                primary.guest_output(&frame[..bytes], now_us, &mut self.actions);
+                primary.guest_output(Buffer::from(&frame[..bytes]), now_us, &mut self.actions);
             }
             primary.tick(now_us, &mut self.actions);
             self.carry_out(true);
@@ -304,7 +304,7 @@ impl World {
         while self.svm_sleeps_until_us <= now_us
             && let Ok(Some(bytes)) = self.svm.read(&mut frame)
         {
-            self.secondary.guest_output(&frame[..bytes], now_us, &mut self.actions);
+            self.secondary.guest_output(Buffer::from(&frame[..bytes]), now_us, &mut self.actions);
         }
         self.secondary.tick(now_us, &mut self.actions);
         self.carry_out(false);

@@ -1,14 +1,15 @@
 //! The table of flows. An entry that holds packets, or what the SVM said, is never dropped; others age.
 
-use std::collections::HashMap;
+use std::hash::BuildHasher;
 use std::ops::{Index, IndexMut};
 
+use hashbrown::HashTable;
 use slab::Slab;
 
 use super::datagrams::Messages;
 use super::held::{Chain, List};
 use super::tcp::TcpFlow;
-use crate::packet::FlowKey;
+use crate::packet::{FlowKey, PackedKey};
 
 /// RFC 5382 §5: an established connection is remembered for at least 2 hours 4 minutes without a packet.
 const TCP_IDLE_US: u64 = 124 * 60 * 1_000_000;
@@ -26,13 +27,14 @@ pub(super) type FlowId = u32;
 
 #[derive(Debug)]
 pub(super) enum Protocol {
-    Tcp(Box<TcpFlow>),
+    Tcp(TcpFlow),
     Messages(Messages),
 }
 
 /// One flow.
 #[derive(Debug)]
 pub(super) struct Flow {
+    packed: PackedKey,
     pub(super) key: FlowKey,
     pub(super) protocol: Protocol,
     /// The PVM's packets that wait, in order.
@@ -52,9 +54,10 @@ pub(super) struct Flow {
 impl Flow {
     fn new(key: FlowKey, now_us: u64) -> Self {
         Self {
+            packed: PackedKey::from(&key),
             key,
             protocol: if key.is_tcp() {
-                Protocol::Tcp(Box::default())
+                Protocol::Tcp(TcpFlow::default())
             } else {
                 Protocol::Messages(Messages::new(&key))
             },
@@ -100,10 +103,12 @@ impl Flow {
 
 #[derive(Debug)]
 pub(super) struct Flows {
-    places: HashMap<FlowKey, FlowId, ahash::RandomState>,
+    /// Only places, so that it is small; a flow's name stands beside what else is looked at.
+    places: HashTable<FlowId>,
+    hasher: ahash::RandomState,
     flows: Slab<Flow>,
     /// The flow of the last packet: the next one is often of the same.
-    last: Option<(FlowKey, FlowId)>,
+    last: Option<(PackedKey, FlowId)>,
     /// Flows that have had a packet in this epoch.
     touched: Vec<FlowId>,
     /// The entry to be looked at next for its age.
@@ -128,7 +133,8 @@ impl IndexMut<FlowId> for Flows {
 impl Flows {
     pub(super) fn new(flows_max: usize) -> Self {
         Self {
-            places: HashMap::with_capacity_and_hasher(flows_max.min(PLACES_MAX), ahash::RandomState::new()),
+            places: HashTable::with_capacity(flows_max.min(PLACES_MAX)),
+            hasher: ahash::RandomState::new(),
             flows: Slab::new(),
             last: None,
             touched: Vec::new(),
@@ -142,26 +148,37 @@ impl Flows {
     }
 
     /// The place of a flow, if it is there.
-    fn place(&self, key: &FlowKey) -> Option<FlowId> {
+    fn place(&self, key: &PackedKey) -> Option<FlowId> {
         match &self.last {
             Some((last, id)) if last == key => Some(*id),
-            _ => self.places.get(key).copied(),
+            _ => {
+                let same = |id: &FlowId| self[*id].packed == *key;
+                self.places.find(self.hasher.hash_one(key), same).copied()
+            }
         }
     }
 
     /// The place of the flow, which is made if it is not there. The table may grow beyond its limit, for a flow of the PVM
     /// must have a place to hold packets in.
     pub(super) fn get(&mut self, key: &FlowKey, now_us: u64) -> FlowId {
-        let id = match self.place(key) {
+        let packed = PackedKey::from(key);
+        let place = self.place(&packed);
+        self.get_at(place, packed, key, now_us)
+    }
+
+    fn get_at(&mut self, place: Option<FlowId>, packed: PackedKey, key: &FlowKey, now_us: u64) -> FlowId {
+        let id = match place {
             Some(id) => id,
             None => {
                 self.make_room();
                 let id = self.flows.insert(Flow::new(*key, now_us)) as FlowId;
-                self.places.insert(*key, id);
+                let (flows, hasher) = (&self.flows, &self.hasher);
+                let hash = |id: &FlowId| hasher.hash_one(flows[*id as usize].packed);
+                self.places.insert_unique(hasher.hash_one(packed), id, hash);
                 id
             }
         };
-        self.last = Some((*key, id));
+        self.last = Some((packed, id));
         let flow = &mut self.flows[id as usize];
         flow.last_us = now_us;
         if !flow.touched {
@@ -173,17 +190,19 @@ impl Flows {
 
     /// The same for a packet of the SVM: not beyond the limit.
     pub(super) fn get_if_room(&mut self, key: &FlowKey, now_us: u64) -> Option<FlowId> {
-        (self.place(key).is_some() || self.make_room()).then(|| self.get(key, now_us))
+        let packed = PackedKey::from(key);
+        let place = self.place(&packed);
+        (place.is_some() || self.make_room()).then(|| self.get_at(place, packed, key, now_us))
     }
 
     /// The flow, if it is there, to look at.
     pub(super) fn peek(&self, key: &FlowKey) -> Option<&Flow> {
-        Some(&self[self.place(key)?])
+        Some(&self[self.place(&key.into())?])
     }
 
     /// The flow, if it is there.
     pub(super) fn find(&mut self, key: &FlowKey) -> Option<&mut Flow> {
-        let id = self.place(key)?;
+        let id = self.place(&key.into())?;
         Some(&mut self[id])
     }
 
@@ -206,8 +225,11 @@ impl Flows {
                 continue;
             };
             if flow.is_free() && flow.cost() == 0 && may_go(flow) {
-                let flow = self.flows.remove(self.hand);
-                self.places.remove(&flow.key);
+                let hash = self.hasher.hash_one(flow.packed);
+                if let Ok(place) = self.places.find_entry(hash, |id| *id as usize == self.hand) {
+                    place.remove();
+                }
+                self.flows.remove(self.hand);
                 self.last = None;
                 dropped = true;
             }

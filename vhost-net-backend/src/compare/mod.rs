@@ -127,7 +127,7 @@ impl Compare {
                 flow.begins |= begins;
                 let first = match lane {
                     Lane::Aside => flow.aside.is_empty(),
-                    Lane::InOrder => flow.held.is_empty() && !(begins && !flow.aside.is_empty()),
+                    Lane::InOrder => flow.held.is_empty() && (flow.aside.is_empty() || !begins),
                 };
                 if first {
                     match tcp.judge(segment, &frame) {

@@ -3,35 +3,44 @@
 //! Positions are sequence numbers unwrapped to 64 bits, so that order is plain order.
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
+
+use smallvec::SmallVec;
 
 /// Turns 32-bit sequence numbers into positions. It follows the stream, which must not jump by 2 GiB or more.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Anchor(Option<u64>);
+pub(super) struct Anchor(Option<NonZeroU64>);
 
 impl Anchor {
     /// Begins at `seq`. Room is left below it, for what was sent earlier.
     pub(super) fn at(seq: u32) -> Self {
-        Self(Some((1 << 32) | u64::from(seq)))
+        Self(NonZeroU64::new((1 << 32) | u64::from(seq)))
     }
 
     /// The position nearest to the anchor that has this sequence number; the first one asked for becomes the anchor.
     pub(super) fn place(&mut self, seq: u32) -> u64 {
-        let anchor = *self.0.get_or_insert((1 << 32) | u64::from(seq));
+        let anchor = match self.0 {
+            Some(anchor) => anchor.get(),
+            None => {
+                *self = Self::at(seq);
+                (1 << 32) | u64::from(seq)
+            }
+        };
         let distance = seq.wrapping_sub(anchor as u32).cast_signed();
         anchor.saturating_add_signed(i64::from(distance))
     }
 
     /// Moves on to `position` if that is ahead.
     pub(super) fn advance(&mut self, position: u64) {
-        if self.0.is_none_or(|anchor| position > anchor) {
-            self.0 = Some(position);
+        if self.0.is_none_or(|anchor| position > anchor.get()) {
+            self.0 = NonZeroU64::new(position);
         }
     }
 }
 
-/// A set of positions as ranges. It may forget its lowest ones: that costs a comparison, nothing else.
+/// A set of positions as ranges, most often one. It may forget its lowest ones: that costs a comparison, nothing else.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Ranges(Vec<(u64, u64)>);
+pub(super) struct Ranges(SmallVec<[(u64, u64); 1]>);
 
 /// More separate ranges than this are not remembered.
 const RANGES_MAX: usize = 64;
@@ -41,6 +50,13 @@ impl Ranges {
         if start >= end {
             return;
         }
+        if let [only] = &mut self.0[..]
+            && start <= only.1
+            && end >= only.0
+        {
+            *only = (only.0.min(start), only.1.max(end));
+            return;
+        }
         let first = self.0.partition_point(|range| range.1 < start);
         let behind = self.0.partition_point(|range| range.0 <= end);
         let merged = match self.0.get(first..behind) {
@@ -48,7 +64,8 @@ impl Ranges {
             Some([lowest, .., highest]) => (lowest.0.min(start), highest.1.max(end)),
             _ => (start, end),
         };
-        self.0.splice(first..behind, [merged]);
+        self.0.drain(first..behind.max(first));
+        self.0.insert(first, merged);
         if self.0.len() > RANGES_MAX {
             self.0.remove(0);
         }
@@ -56,7 +73,10 @@ impl Ranges {
 
     /// The first stretch of `start..end` that is not in the set.
     pub(super) fn first_gap(&self, start: u64, end: u64) -> Option<(u64, u64)> {
-        let next = self.0.partition_point(|range| range.1 <= start);
+        let next = match &self.0[..] {
+            [only] => usize::from(only.1 <= start),
+            ranges => ranges.partition_point(|range| range.1 <= start),
+        };
         let (start, next) = match self.0.get(next) {
             Some(range) if range.0 <= start => (range.1, self.0.get(next + 1)),
             other => (start, other),
@@ -173,6 +193,9 @@ impl Store {
 
     /// Takes the bytes in `start..end` out.
     pub(super) fn remove(&mut self, start: u64, end: u64) {
+        if self.chunks.is_empty() {
+            return;
+        }
         let mut index = self.chunks.partition_point(|chunk| chunk.end() <= start);
         while let Some(chunk) = self.chunks.get_mut(index) {
             if chunk.first() >= end {

@@ -86,7 +86,7 @@ struct SvmSyn {
 #[derive(Debug, Default)]
 struct SvmEnd {
     anchor: Anchor,
-    syn: Option<SvmSyn>,
+    syn: Option<Box<SvmSyn>>,
     store: Store,
     fin: Option<u64>,
     reset: bool,
@@ -135,11 +135,11 @@ impl SvmEnd {
     fn begin(segment: &Segment, frame: &[u8]) -> Self {
         let mut end = Self {
             anchor: Anchor::at(segment.seq),
-            syn: Some(SvmSyn {
+            syn: Some(Box::new(SvmSyn {
                 isn: segment.seq,
                 flags: segment.flags.0 & SYN_FLAGS,
                 options: segment.syn_options(frame),
-            }),
+            })),
             edge: Window::of_syn(segment, frame).pvm_edge(),
             ..Self::default()
         };

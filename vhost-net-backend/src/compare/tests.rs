@@ -745,3 +745,15 @@ proptest! {
         prop_assert_eq!(left as u64, sent + bench.compare.stats().windows_reopened);
     }
 }
+
+#[test]
+fn sizes() {
+    println!(
+        "packet {} held {} flow {} tcp {} key {}",
+        size_of::<Packet>(),
+        size_of::<HeldPacket>(),
+        size_of::<super::flows::Flow>(),
+        size_of::<super::tcp::TcpFlow>(),
+        size_of::<FlowKey>()
+    );
+}

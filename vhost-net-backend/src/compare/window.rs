@@ -27,7 +27,7 @@ pub(super) struct Window {
     /// Right edge that the client has seen.
     released_edge: Option<u32>,
     /// The last segment that was released, if its window was narrowed.
-    narrowed: Option<Narrowed>,
+    narrowed: Option<Box<Narrowed>>,
 }
 
 /// What is needed to tell the client of a wider window when the PVM has nothing more to say.
@@ -111,11 +111,11 @@ impl Window {
         let covered = segment.at;
         checksum::replace(frame, covered + CHECKSUM_AT, covered, covered + WINDOW_AT, &window.to_be_bytes());
         raise(&mut self.released_edge, segment.ack.wrapping_add(u32::from(window) << scale));
-        self.narrowed = Some(Narrowed {
+        self.narrowed = Some(Box::new(Narrowed {
             head: frame[..segment.payload.start].to_vec(),
             network_at: packet.network_at,
             segment: segment.clone(),
-        });
+        }));
     }
 
     /// The SVM offers more now, and the PVM has nothing to say: an acknowledgment that tells the client, if it is worth

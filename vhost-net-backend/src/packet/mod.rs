@@ -10,6 +10,7 @@ mod tcp;
 
 use std::ops::Range;
 
+pub(crate) use flow::PackedKey;
 pub use flow::{FlowKey, Transport, Vlan};
 pub use tcp::{Flags, Segment, SynOptions, Timestamps, edge_positions};
 
