@@ -3,6 +3,7 @@
 //! `tuning/example.toml` is the commented example.
 
 mod disk;
+mod several;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -12,6 +13,10 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub use self::disk::{CacheMode, DiskConfig};
+use self::several::several;
+
+/// NICs that a VM may have.
+const NICS_MAX: usize = 8;
 
 /// Why a configuration cannot be used. The text names the file, the place and the remedy.
 #[derive(Debug, thiserror::Error)]
@@ -88,8 +93,9 @@ pub struct VmConfig {
     /// QEMU's CPU model; by default what suits the accelerator. The same must exist on both hosts.
     #[serde(default)]
     pub cpu: Option<String>,
-    /// MAC address of the guest's network card.
-    pub mac: String,
+    /// MAC address of the guest's network card, or of each of its cards.
+    #[serde(deserialize_with = "several")]
+    pub mac: Vec<String>,
     /// Kernel to boot directly; without it the guest boots from its disk.
     #[serde(default)]
     pub kernel: Option<PathBuf>,
@@ -176,11 +182,12 @@ pub struct NodeConfig {
     pub address: IpAddr,
     /// The VM's disk on this host: a raw image file or a block device.
     pub disk: PathBuf,
-    /// The tap on this host that leads to the LAN; it is created when missing.
-    pub tap: String,
-    /// The core that the network worker is pinned to; not pinned without it.
-    #[serde(default)]
-    pub net_core: Option<usize>,
+    /// The tap on this host that leads to the LAN, one for each network card; it is created when missing.
+    #[serde(deserialize_with = "several")]
+    pub tap: Vec<String>,
+    /// The core that the network worker is pinned to, one for each network card; not pinned without it.
+    #[serde(default, deserialize_with = "several")]
+    pub net_core: Vec<usize>,
     /// The core that the disk's workers are pinned to; not pinned without it.
     #[serde(default)]
     pub disk_core: Option<usize>,
@@ -263,11 +270,11 @@ impl Config {
         if !["auto", "kvm", "tcg"].contains(&vm.accel.as_str()) {
             return Some(format!("vm.accel = {:?}: use \"auto\", \"kvm\" or \"tcg\"", vm.accel));
         }
-        if !is_unicast_mac(&vm.mac) {
-            return Some(format!(
-                "vm.mac = {:?}: give a unicast address such as \"52:54:00:12:34:56\"",
-                vm.mac
-            ));
+        if let Some(mac) = vm.mac.iter().find(|mac| !is_unicast_mac(mac)) {
+            return Some(format!("vm.mac = {mac:?}: give a unicast address such as \"52:54:00:12:34:56\"",));
+        }
+        if let Some(what) = self.cards_fault() {
+            return Some(what);
         }
         if vm.kernel.is_none() && (vm.initrd.is_some() || vm.append.is_some()) {
             return Some("vm.initrd and vm.append need vm.kernel".into());
@@ -290,12 +297,9 @@ impl Config {
         if addresses.next() == addresses.next() {
             return Some("both nodes have the same link address".into());
         }
-        if let Some((name, node)) = self.node.iter().find(|(_, node)| !word(&node.tap) || node.tap.len() > 15)
-        {
-            return Some(format!(
-                "node.{name}.tap = {:?}: an interface name has 1 to 15 characters",
-                node.tap
-            ));
+        let mut taps = self.node.iter().flat_map(|(name, node)| node.tap.iter().map(move |tap| (name, tap)));
+        if let Some((name, tap)) = taps.find(|(_, tap)| !word(tap) || tap.len() > 15) {
+            return Some(format!("node.{name}.tap = {tap:?}: an interface name has 1 to 15 characters"));
         }
         if self.link.port == 0 {
             return Some("link.port must not be 0".into());
@@ -313,6 +317,37 @@ impl Config {
             return Some("checkpoint.held_bytes_max must be at least 65536".into());
         }
         self.disk.fault(&self.node)
+    }
+
+    /// What of the network cards does not fit together.
+    fn cards_fault(&self) -> Option<String> {
+        let cards = self.vm.mac.len();
+        if cards == 0 || cards > NICS_MAX {
+            return Some(format!(
+                "vm.mac has {cards} addresses: give one for each network card, 1 to {NICS_MAX}"
+            ));
+        }
+        if has_twins(&self.vm.mac) {
+            return Some("vm.mac: two network cards have the same address".into());
+        }
+        for (name, node) in &self.node {
+            if node.tap.len() != cards {
+                return Some(format!(
+                    "node.{name}.tap names {} interfaces and vm.mac {cards} network cards: give one for each, in the same order",
+                    node.tap.len()
+                ));
+            }
+            if has_twins(&node.tap) {
+                return Some(format!("node.{name}.tap: two network cards have the same tap"));
+            }
+            if !node.net_core.is_empty() && node.net_core.len() != cards {
+                return Some(format!(
+                    "node.{name}.net_core names {} cores and vm.mac {cards} network cards: give one for each, or none",
+                    node.net_core.len()
+                ));
+            }
+        }
+        None
     }
 
     /// The name of the node that is not `node`.
@@ -339,6 +374,10 @@ fn one_line(text: &str, error: &toml::de::Error) -> String {
             format!("line {line}: {message}")
         }
     }
+}
+
+fn has_twins(words: &[String]) -> bool {
+    words.iter().enumerate().any(|(index, word)| words[..index].contains(word))
 }
 
 fn is_unicast_mac(text: &str) -> bool {
@@ -379,7 +418,7 @@ mod tests {
         let mut all = load(&switched).unwrap();
         assert!(all.vm.cpu.take().is_some() && all.vm.serial_log.take().is_some());
         for node in all.node.values_mut() {
-            node.net_core = None;
+            node.net_core.clear();
             node.disk_core = None;
         }
         assert_eq!(format!("{all:?}"), format!("{config:?}"));
@@ -395,6 +434,19 @@ mod tests {
             ("primary = \"a\"", "primary = \"c\"", "link.primary"),
             ("mac = \"52:", "mac = \"53:", "vm.mac"),
             ("[node.b]", "[node.a.b]", "unknown field `b`"),
+            ("mac = \"52:54:00:12:34:56\"", "mac = []", "vm.mac has 0 addresses"),
+            ("mac = \"52:54:00:12:34:56\"", "mac = 7", "line "),
+            (
+                "mac = \"52:54:00:12:34:56\"",
+                "mac = [\"52:54:00:12:34:56\", \"52:54:00:12:34:57\"]",
+                "node.a.tap names 1",
+            ),
+            (
+                "mac = \"52:54:00:12:34:56\"",
+                "mac = [\"52:54:00:12:34:56\", \"52:54:00:12:34:56\"]",
+                "same address",
+            ),
+            ("# net_core = 2", "net_core = [2, 3]", "node.a.net_core"),
             ("address = \"10.0.0.2\"", "address = \"10.0.0.1\"", "same link address"),
             ("port = 7470", "port = 0", "link.port"),
             ("type = \"file\"", "type = \"paper\"", "paper"),
@@ -416,6 +468,10 @@ mod tests {
         let error = load(&many).unwrap_err().to_string();
         assert!(error.contains("node.a.disk_core") && error.contains("disk.workers = 1"), "{error}");
         load(&many.replacen("# workers = 0", "workers = 1", 1)).unwrap();
+        let two = EXAMPLE
+            .replace("mac = \"52:54:00:12:34:56\"", "mac = [\"52:54:00:12:34:56\", \"52:54:00:12:34:57\"]")
+            .replace("tap = \"web0\"", "tap = [\"web0\", \"web1\"]");
+        assert_eq!(load(&two).unwrap().node["b"].tap, ["web0", "web1"]);
         let missing = Config::load(Path::new("/nowhere.toml")).unwrap_err().to_string();
         assert!(missing.contains("/nowhere.toml"), "{missing}");
     }

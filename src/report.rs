@@ -64,8 +64,10 @@ pub(crate) fn status(value: &Value) -> String {
             format!("serving after {} us, claimed after {} us", figure("serving_us"), figure("claimed_us")),
         );
     }
-    for (device, figures) in [("net", &NET[..]), ("block", &BLOCK[..])] {
-        let device_status = &value[device];
+    let cards = value["net"].as_array().map_or(&[][..], Vec::as_slice);
+    let devices =
+        cards.iter().map(|card| ("net", card, &NET[..])).chain([("block", &value["block"], &BLOCK[..])]);
+    for (device, device_status, figures) in devices {
         if let Some(error) = device_status["error"].as_str() {
             line(device, error.to_owned());
         }
@@ -80,8 +82,10 @@ pub(crate) fn status(value: &Value) -> String {
             line(device, told.join(", "));
         }
     }
-    if let Some(mismatch) = value.pointer("/net/pair/proxy/compare/last_mismatch").and_then(Value::as_str) {
-        line("last mismatch", mismatch.to_owned());
+    for card in cards {
+        if let Some(mismatch) = card.pointer("/pair/proxy/compare/last_mismatch").and_then(Value::as_str) {
+            line("last mismatch", mismatch.to_owned());
+        }
     }
     out
 }

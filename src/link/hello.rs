@@ -23,8 +23,8 @@ pub enum Channel {
     Checkpoint,
     /// Signs of life.
     Heartbeat,
-    /// Mirrored packets one way, the secondary's output the other.
-    Network,
+    /// Mirrored packets one way, the secondary's output the other; of the network card of this number.
+    Network(usize),
     /// The primary's disk writes.
     Block,
 }

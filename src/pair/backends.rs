@@ -1,4 +1,4 @@
-//! The two device back ends of a side: child processes with a control socket each.
+//! The device back ends of a side: child processes with a control socket each.
 
 use std::io;
 use std::net::TcpStream;
@@ -33,9 +33,10 @@ struct Backend {
     dirty: DirtyLog,
 }
 
-/// Both of them.
+/// All of them.
 pub(super) struct Backends {
-    net: Backend,
+    /// One for each network card.
+    nets: Vec<Backend>,
     block: Backend,
 }
 
@@ -51,22 +52,24 @@ impl Sockets {
 
     /// The vhost-user socket of a device, to which QEMU connects.
     pub(super) fn vhost_user(&self, device: Device) -> PathBuf {
-        self.directory.join(match device {
-            Device::Net => "net.sock",
-            Device::Block => "blk.sock",
-        })
+        self.directory.join(format!("{}.sock", Self::stem(device)))
     }
 
     fn control(&self, device: Device) -> PathBuf {
-        self.directory.join(match device {
-            Device::Net => "net.control",
-            Device::Block => "blk.control",
-        })
+        self.directory.join(format!("{}.control", Self::stem(device)))
+    }
+
+    fn stem(device: Device) -> String {
+        match device {
+            Device::Net(0) => "net".into(),
+            Device::Net(card) => format!("net{card}"),
+            Device::Block => "blk".into(),
+        }
     }
 }
 
 impl Backends {
-    /// Starts both and waits until they serve.
+    /// Starts them and waits until they serve.
     pub(super) fn start(
         config: &Config,
         node: &NodeConfig,
@@ -74,20 +77,12 @@ impl Backends {
         ram_pages: u64,
         events: &Sender<Event>,
     ) -> anyhow::Result<Self> {
-        let mut net = Process::new(find_program(&config.net.program));
-        // No --mac: QEMU makes the card's configuration up itself, and warns of a back end that offers one.
-        net.arg("--tap").arg(&node.tap);
-        net.arg("--poll-us").arg(config.net.poll_us.to_string());
-        net.arg("--held-ms-max").arg(config.checkpoint.held_ms_max.to_string());
-        net.arg("--held-bytes-max").arg(config.checkpoint.held_bytes_max.to_string());
-        if let Some(core) = node.net_core {
-            net.arg("--core").arg(core.to_string());
-        }
+        let nets = (0..config.vm.mac.len()).map(|card| {
+            Backend::start(net_process(config, node, card), Device::Net(card), sockets, ram_pages, events)
+        });
+        let nets = nets.collect::<anyhow::Result<_>>()?;
         let block = block_process(&config.disk, node);
-        Ok(Self {
-            net: Backend::start(net, Device::Net, sockets, ram_pages, events)?,
-            block: Backend::start(block, Device::Block, sockets, ram_pages, events)?,
-        })
+        Ok(Self { nets, block: Backend::start(block, Device::Block, sockets, ram_pages, events)? })
     }
 
     /// Length of the disk in bytes.
@@ -95,43 +90,60 @@ impl Backends {
         self.block.client.greeting().disk_bytes.unwrap_or(0)
     }
 
-    /// Hands both their connections to the peer.
+    /// Hands them their connections to the peer.
     pub(super) fn attach(
         &mut self,
         role: Role,
         epoch: u64,
-        network: TcpStream,
+        network: Vec<TcpStream>,
         block: TcpStream,
     ) -> anyhow::Result<()> {
         self.block.attach(role, epoch, block)?;
-        self.net.attach(role, epoch, network)
+        self.nets.iter_mut().zip(network).try_for_each(|(net, link)| net.attach(role, epoch, link))
     }
 
-    /// The peer is lost: neither uses its link any more, nothing gets out.
+    /// The peer is lost: none uses its link any more, nothing gets out.
     pub(super) fn detach(&mut self) -> Result<(), DeviceError> {
-        self.net.tell(&Command::Detach)?;
+        self.tell_nets(&Command::Detach)?;
         self.block.tell(&Command::Detach)
     }
 
     /// This side goes on alone. The disk comes first, so that nothing is promised that is not on it.
     pub(super) fn take_over(&mut self) -> Result<(), DeviceError> {
         self.block.call(&Command::TakeOver, &[], TAKE_OVER_LIMIT)?;
-        self.net.tell(&Command::TakeOver)
+        self.tell_nets(&Command::TakeOver)
     }
 
     /// This side has lost: nothing gets out any more.
     pub(super) fn silence(&mut self) -> Result<(), DeviceError> {
-        self.net.tell(&Command::Silence)?;
+        self.tell_nets(&Command::Silence)?;
         self.block.tell(&Command::Silence)
+    }
+
+    fn tell_nets(&mut self, command: &Command) -> Result<(), DeviceError> {
+        self.nets.iter_mut().try_for_each(|net| net.tell(command))
     }
 
     /// A back end's own figures.
     pub(super) fn status(&mut self, device: Device) -> Result<Value, DeviceError> {
         match device {
-            Device::Net => self.net.call(&Command::Status, &[], ANSWER_LIMIT),
+            Device::Net(card) => self.nets[card].call(&Command::Status, &[], ANSWER_LIMIT),
             Device::Block => self.block.call(&Command::Status, &[], ANSWER_LIMIT),
         }
     }
+}
+
+fn net_process(config: &Config, node: &NodeConfig, card: usize) -> Process {
+    let mut process = Process::new(find_program(&config.net.program));
+    // No --mac: QEMU makes the card's configuration up itself, and warns of a back end that offers one.
+    process.arg("--tap").arg(&node.tap[card]);
+    process.arg("--poll-us").arg(config.net.poll_us.to_string());
+    process.arg("--held-ms-max").arg(config.checkpoint.held_ms_max.to_string());
+    process.arg("--held-bytes-max").arg(config.checkpoint.held_bytes_max.to_string());
+    if let Some(core) = node.net_core.get(card) {
+        process.arg("--core").arg(core.to_string());
+    }
+    process
 }
 
 fn block_process(disk: &DiskConfig, node: &NodeConfig) -> Process {
@@ -157,17 +169,19 @@ fn block_process(disk: &DiskConfig, node: &NodeConfig) -> Process {
 
 impl Devices for Backends {
     fn marker(&mut self, epoch: u64) -> Result<(), DeviceError> {
-        self.net.tell(&Command::Marker { epoch })?;
+        self.tell_nets(&Command::Marker { epoch })?;
         self.block.tell(&Command::Marker { epoch })
     }
 
     fn commit(&mut self, epoch: u64) -> Result<(), DeviceError> {
         self.block.tell(&Command::Commit { epoch })?;
-        self.net.tell(&Command::Commit { epoch })
+        self.tell_nets(&Command::Commit { epoch })
     }
 
     fn take_dirty(&mut self, dirty: &mut PageSet) {
-        self.net.dirty.drain(dirty);
+        for net in &mut self.nets {
+            net.dirty.drain(dirty);
+        }
         self.block.dirty.drain(dirty);
     }
 }
@@ -296,8 +310,8 @@ mod tests {
         let node = NodeConfig {
             address: "10.0.0.1".parse().unwrap(),
             disk: "/srv/web.img".into(),
-            tap: "web0".into(),
-            net_core: None,
+            tap: vec!["web0".into()],
+            net_core: Vec::new(),
             disk_core: Some(3),
         };
         let line = |disk: &DiskConfig| {

@@ -1,4 +1,4 @@
-//! How two sides meet: four connections from the primary to one port of the secondary.
+//! How two sides meet: some connections from the primary to one port of the secondary, one for each channel.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -14,22 +14,41 @@ const HELLO_LIMIT: Duration = Duration::from_secs(5);
 /// Time between two attempts to reach a peer that is not there yet.
 const RETRY: Duration = Duration::from_millis(200);
 
-const CHANNELS: [Channel; 4] = [Channel::Checkpoint, Channel::Heartbeat, Channel::Network, Channel::Block];
+/// The channels of a VM with so many network cards.
+fn channels(cards: usize) -> Vec<Channel> {
+    let others = [Channel::Checkpoint, Channel::Heartbeat, Channel::Block];
+    others.into_iter().chain((0..cards).map(Channel::Network)).collect()
+}
 
 /// The connections of a pair.
 pub(super) struct Links {
     pub(super) checkpoint: TcpStream,
     pub(super) heartbeat: TcpStream,
-    pub(super) network: TcpStream,
+    /// One for each network card.
+    pub(super) network: Vec<TcpStream>,
     pub(super) block: TcpStream,
 }
 
-/// Connects to the secondary. A peer that is not there yet is waited for, at most `limit`.
-pub(super) fn connect(to: SocketAddr, ours: &Hello, limit: Option<Duration>) -> anyhow::Result<Links> {
+impl Links {
+    /// Of streams in the order of [`channels`].
+    fn of(streams: Vec<TcpStream>) -> Option<Self> {
+        let mut streams = streams.into_iter();
+        let (checkpoint, heartbeat, block) = (streams.next()?, streams.next()?, streams.next()?);
+        Some(Self { checkpoint, heartbeat, network: streams.collect(), block })
+    }
+}
+
+/// Connects to the secondary of a VM with so many network cards. A peer that is not there yet is waited for, at most `limit`.
+pub(super) fn connect(
+    to: SocketAddr,
+    ours: &Hello,
+    cards: usize,
+    limit: Option<Duration>,
+) -> anyhow::Result<Links> {
     let began = Instant::now();
     let mut told = false;
     loop {
-        match try_connect(to, ours) {
+        match try_connect(to, ours, cards) {
             Ok(links) => return Ok(links),
             Err(Failure::NotThere(error)) => {
                 if limit.is_some_and(|limit| began.elapsed() > limit) {
@@ -57,7 +76,7 @@ enum Failure {
     Final(anyhow::Error),
 }
 
-fn try_connect(to: SocketAddr, ours: &Hello) -> Result<Links, Failure> {
+fn try_connect(to: SocketAddr, ours: &Hello, cards: usize) -> Result<Links, Failure> {
     let open = |channel| {
         let mut stream = TcpStream::connect_timeout(&to, HELLO_LIMIT).map_err(Failure::NotThere)?;
         prepare(&stream).map_err(|error| Failure::Final(error.into()))?;
@@ -74,18 +93,16 @@ fn try_connect(to: SocketAddr, ours: &Hello) -> Result<Links, Failure> {
         stream.set_read_timeout(None).map_err(|error| Failure::Final(error.into()))?;
         Ok(stream)
     };
-    Ok(Links {
-        checkpoint: open(Channel::Checkpoint)?,
-        heartbeat: open(Channel::Heartbeat)?,
-        network: open(Channel::Network)?,
-        block: open(Channel::Block)?,
-    })
+    let streams = channels(cards).into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    Ok(Links::of(streams).expect("more channels than that"))
 }
 
 /// Waits for the primary. A stranger at the port is told off and logged, and the wait goes on; a peer of ours that
 /// does not fit ends it.
-pub(super) fn accept(listener: &TcpListener, ours: &Hello) -> anyhow::Result<Links> {
-    let mut streams: [Option<TcpStream>; 4] = [None, None, None, None];
+pub(super) fn accept(listener: &TcpListener, ours: &Hello, cards: usize) -> anyhow::Result<Links> {
+    let channels = channels(cards);
+    let mut streams: Vec<Option<TcpStream>> = Vec::new();
+    streams.resize_with(channels.len(), || None);
     loop {
         let (mut stream, from) = listener.accept().context("The link port cannot be listened on any more")?;
         prepare(&stream)?;
@@ -102,17 +119,14 @@ pub(super) fn accept(listener: &TcpListener, ours: &Hello) -> anyhow::Result<Lin
         stream.set_read_timeout(None)?;
         // A primary that begins anew has given up what it opened before.
         if theirs.channel == Channel::Checkpoint {
-            streams = [None, None, None, None];
+            streams.fill_with(|| None);
         }
-        let Some(at) = CHANNELS.iter().position(|channel| *channel == theirs.channel) else {
+        let Some(at) = channels.iter().position(|channel| *channel == theirs.channel) else {
             bail!("A channel without a place: {:?}", theirs.channel);
         };
         streams[at] = Some(stream);
-        if let [Some(_), Some(_), Some(_), Some(_)] = streams {
-            let [Some(checkpoint), Some(heartbeat), Some(network), Some(block)] = streams else {
-                unreachable!()
-            };
-            return Ok(Links { checkpoint, heartbeat, network, block });
+        if streams.iter().all(Option::is_some) {
+            return Links::of(streams.into_iter().flatten().collect()).context("More channels than that");
         }
     }
 }

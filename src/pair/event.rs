@@ -7,18 +7,20 @@ use super::operator::Request;
 use crate::checkpoint::{Incoming, Reply};
 use crate::failover::LinkLoss;
 
-/// Which of the two device back ends.
+/// Which of the device back ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Device {
-    Net,
+    /// The network card of this number.
+    Net(usize),
     Block,
 }
 
 impl Device {
-    pub(super) fn name(self) -> &'static str {
+    pub(super) fn name(self) -> String {
         match self {
-            Self::Net => "network",
-            Self::Block => "disk",
+            Self::Net(0) => "network".into(),
+            Self::Net(card) => format!("network {card}"),
+            Self::Block => "disk".into(),
         }
     }
 }

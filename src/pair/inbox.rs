@@ -14,11 +14,13 @@ pub(super) struct Inbox {
     deferred: VecDeque<Event>,
     /// Secondary: markers that have overtaken the beginning of their checkpoint, which comes on another connection.
     markers: Vec<(Device, u64)>,
+    /// Those whose marker is a part of a checkpoint.
+    devices: Vec<Device>,
 }
 
 impl Inbox {
-    pub(super) fn new(events: Receiver<Event>) -> Self {
-        Self { events, deferred: VecDeque::new(), markers: Vec::new() }
+    pub(super) fn new(events: Receiver<Event>, devices: Vec<Device>) -> Self {
+        Self { events, deferred: VecDeque::new(), markers: Vec::new(), devices }
     }
 
     /// The next event; `None` when the deadline has passed.
@@ -75,7 +77,7 @@ impl Inbox {
         }
     }
 
-    /// Secondary: waits until all four parts of a checkpoint are here.
+    /// Secondary: waits until all parts of a checkpoint are here: memory and device state, and the marker of each device.
     pub(super) fn complete(&mut self, epoch: u64, deadline: Instant) -> Result<Received, CheckpointError> {
         let mut markers = std::mem::take(&mut self.markers);
         let mut memory = None;
@@ -83,9 +85,8 @@ impl Inbox {
             if let Some(marker) = markers.iter().find(|(_, of)| *of != epoch) {
                 return Err(CheckpointError::Peer(format!("{marker:?} in the middle of checkpoint {epoch}")));
             }
-            let is_here = |device| markers.iter().any(|(of, _)| *of == device);
-            if is_here(Device::Net)
-                && is_here(Device::Block)
+            let is_here = |device: &Device| markers.iter().any(|(of, _)| of == device);
+            if self.devices.iter().all(is_here)
                 && let Some(received) = memory.take()
             {
                 return Ok(received);
@@ -140,7 +141,7 @@ mod tests {
 
     fn inbox() -> (Sender<Event>, Inbox) {
         let (sender, events) = unbounded();
-        (sender, Inbox::new(events))
+        (sender, Inbox::new(events, vec![Device::Net(0), Device::Net(1), Device::Block]))
     }
 
     fn soon() -> Instant {
@@ -164,22 +165,26 @@ mod tests {
     }
 
     #[test]
-    fn a_checkpoint_is_complete_when_all_four_parts_are_here_in_any_order() {
-        let parts = |epoch| [whole(epoch), marker(Device::Net, epoch), marker(Device::Block, epoch)];
-        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
-            let (sender, mut inbox) = inbox();
-            let mut parts = parts(7).map(Some);
-            for (count, part) in order.into_iter().enumerate() {
-                if count < 2 {
-                    sender.send(parts[part].take().unwrap()).unwrap();
-                }
+    fn a_checkpoint_is_complete_when_all_parts_are_here_in_any_order() {
+        let parts = |epoch| {
+            let cards = [0, 1].map(|card| marker(Device::Net(card), epoch));
+            let [first, second] = cards;
+            [whole(epoch), first, second, marker(Device::Block, epoch)]
+        };
+        for missing in 0..4 {
+            for first in 0..3 {
+                let (sender, mut inbox) = inbox();
+                let mut here: Vec<Event> = Vec::from(parts(7));
+                here.remove(missing);
+                here.rotate_left(first);
+                send(&sender, here);
+                assert!(inbox.complete(7, soon()).is_err(), "complete without part {missing}");
             }
-            assert!(inbox.complete(7, soon()).is_err(), "complete without part {}", order[2]);
         }
         let (sender, mut inbox) = inbox();
         // markers that came before the checkpoint's beginning, on either side of one that came after it
         inbox.keep_marker(Device::Block, 7);
-        send(&sender, [wanted(), whole(7), marker(Device::Net, 7)]);
+        send(&sender, [wanted(), marker(Device::Net(1), 7), whole(7), marker(Device::Net(0), 7)]);
         inbox.complete(7, soon()).unwrap();
         assert!(matches!(inbox.next(Some(soon())), Some(Event::Wanted { .. })), "what is not a part is kept");
     }
@@ -187,14 +192,14 @@ mod tests {
     #[test]
     fn a_marker_of_another_epoch_and_a_lost_peer_end_a_checkpoint() {
         let (sender, mut early) = inbox();
-        early.keep_marker(Device::Net, 6);
+        early.keep_marker(Device::Net(0), 6);
         send(&sender, [whole(7), marker(Device::Block, 7)]);
         assert!(matches!(early.complete(7, soon()), Err(CheckpointError::Peer(_))));
         let (sender, mut lost) = inbox();
-        send(&sender, [whole(7), Event::Heartbeat(LinkLoss::Closed), marker(Device::Net, 7)]);
+        send(&sender, [whole(7), Event::Heartbeat(LinkLoss::Closed), marker(Device::Net(0), 7)]);
         assert!(matches!(lost.complete(7, soon()), Err(CheckpointError::Peer(_))));
         let (sender, mut failed) = inbox();
-        send(&sender, [Event::DeviceGone(Device::Net)]);
+        send(&sender, [Event::DeviceGone(Device::Net(0))]);
         assert!(matches!(failed.complete(7, soon()), Err(CheckpointError::Device(_))));
     }
 

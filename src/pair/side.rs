@@ -113,10 +113,12 @@ pub fn run(config: Config, options: &Options) -> anyhow::Result<End> {
     let vm = QemuVm::launch(&qemu_config(&config, &options.node, &directory))?;
     watch_end(&vm, sender.clone())?;
     status.lock().pages = vm.pages();
+    let cards = config.vm.mac.len();
+    let devices = (0..cards).map(Device::Net).chain([Device::Block]).collect();
     let mut side = Side {
         node: options.node.clone(),
         verify: options.verify,
-        inbox: Inbox::new(receiver),
+        inbox: Inbox::new(receiver, devices),
         sender,
         vm,
         backends,
@@ -131,12 +133,12 @@ pub fn run(config: Config, options: &Options) -> anyhow::Result<End> {
             let to = side.config.link_address(side.config.other(&side.node));
             side.status.set("waiting", format!("for the secondary at {to}"));
             let limit = side.config.link.connect_limit_s;
-            let links = connect(to, &hello, (limit > 0).then(|| Duration::from_secs(limit)))?;
+            let links = connect(to, &hello, cards, (limit > 0).then(|| Duration::from_secs(limit)))?;
             primary::run(&mut side, links)?
         }
         Some(listener) => {
             side.status.set("waiting", format!("for the primary on {}", listener.local_addr()?));
-            let links = accept(&listener, &hello)?;
+            let links = accept(&listener, &hello, cards)?;
             drop(listener);
             secondary::run(&mut side, links)?
         }
@@ -209,7 +211,9 @@ pub fn qemu_config(config: &Config, node: &str, directory: &Path) -> QemuConfig 
         initrd: vm.initrd.clone(),
         append: vm.append.clone(),
         serial: vm.serial_log.as_ref().map(|path| path.replace("{node}", node).into()),
-        nics: vec![Nic { socket: sockets.vhost_user(Device::Net), mac: vm.mac.clone() }],
+        nics: (vm.mac.iter().enumerate())
+            .map(|(card, mac)| Nic { socket: sockets.vhost_user(Device::Net(card)), mac: mac.clone() })
+            .collect(),
         disks: vec![Disk { socket: sockets.vhost_user(Device::Block), queues: config.disk.queues }],
         extra_args: vm.qemu_args.clone(),
         ..QemuConfig::default()
@@ -239,17 +243,20 @@ impl Side {
             node: self.node.clone(),
             channel: Channel::Checkpoint,
             generation: self.generation,
-            facts: vec![fact("The disk's length in bytes", self.backends.disk_bytes().to_string())]
-                .into_iter()
-                .chain(self.vm.identity().lines().filter_map(|line| {
-                    let (name, value) = line.split_once(": ")?;
-                    Some(fact(&format!("The VM's {name}"), value.to_owned()))
-                }))
-                .chain([fact(
-                    "The disk's content (copy the primary's disk over the secondary's; digest)",
-                    digest.into(),
-                )])
-                .collect(),
+            facts: vec![
+                fact("The number of network cards", self.config.vm.mac.len().to_string()),
+                fact("The disk's length in bytes", self.backends.disk_bytes().to_string()),
+            ]
+            .into_iter()
+            .chain(self.vm.identity().lines().filter_map(|line| {
+                let (name, value) = line.split_once(": ")?;
+                Some(fact(&format!("The VM's {name}"), value.to_owned()))
+            }))
+            .chain([fact(
+                "The disk's content (copy the primary's disk over the secondary's; digest)",
+                digest.into(),
+            )])
+            .collect(),
         })
     }
 
@@ -273,7 +280,12 @@ impl Side {
     /// The status with the back ends' figures.
     pub(super) fn full_status(&mut self) -> Value {
         let mut value = serde_json::to_value(&*self.status.lock()).expect("always JSON");
-        value["net"] = self.backends.status(Device::Net).unwrap_or_else(|error| json!({"error": error.0}));
+        let cards = 0..self.config.vm.mac.len();
+        value["net"] = cards
+            .map(|card| {
+                self.backends.status(Device::Net(card)).unwrap_or_else(|error| json!({"error": error.0}))
+            })
+            .collect();
         value["block"] =
             self.backends.status(Device::Block).unwrap_or_else(|error| json!({"error": error.0}));
         value

@@ -30,7 +30,7 @@ fn a_hundred_checkpoints_under_load_leave_no_page_different() -> Result<()> {
     })?;
     ensure!(status.text("/role") == "primary", "Protection has ended: {}", status.text("/state"));
     ensure!(
-        status.number("/net/pair/proxy/compare/pvm_packets") > 1000,
+        status.number("/net/0/pair/proxy/compare/pvm_packets") > 1000,
         "Nothing was compared: {}",
         status.0
     );

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::topology::{GUEST_SECOND, MAC_SECOND};
 use crate::{Agent, Disk, GUEST, GuestImage, Lab, MAC, Process, Redis, Side, program};
 
 /// The VM's name in the configuration.
@@ -25,11 +26,26 @@ pub struct PairOptions {
     pub extra: Vec<(&'static str, String)>,
     /// More environment for `colo run`.
     pub environment: Vec<(&'static str, String)>,
+    /// Whether the guest has a second network card.
+    pub two_cards: bool,
 }
 
 impl Default for PairOptions {
     fn default() -> Self {
-        Self { checkpoint_interval_ms: 1000, verify: false, extra: Vec::new(), environment: Vec::new() }
+        Self {
+            checkpoint_interval_ms: 1000,
+            verify: false,
+            extra: Vec::new(),
+            environment: Vec::new(),
+            two_cards: false,
+        }
+    }
+}
+
+impl PairOptions {
+    /// The taps on either host.
+    fn taps(&self) -> &'static [&'static str] {
+        if self.two_cards { &["vm0", "vm1"] } else { &["vm0"] }
     }
 }
 
@@ -40,8 +56,13 @@ pub fn configuration(lab: &Lab, image: &GuestImage, options: &PairOptions) -> Re
         vec![
             format!("address = {:?}", side.link_address()),
             format!("disk = {:?}", lab.host(side).directory().join("disk.img")),
-            "tap = \"vm0\"".to_owned(),
+            format!("tap = {:?}", options.taps()),
         ]
+    };
+    let (macs, append) = if options.two_cards {
+        (vec![MAC, MAC_SECOND], format!("{} colo.ip1={GUEST_SECOND}/24", image.append(GUEST)))
+    } else {
+        (vec![MAC], image.append(GUEST))
     };
     let mut sections = vec![
         (
@@ -50,10 +71,10 @@ pub fn configuration(lab: &Lab, image: &GuestImage, options: &PairOptions) -> Re
                 format!("name = {VM:?}"),
                 "memory_mib = 256".to_owned(),
                 "accel = \"auto\"".to_owned(),
-                format!("mac = {MAC:?}"),
+                format!("mac = {macs:?}"),
                 format!("kernel = {:?}", image.kernel),
                 format!("initrd = {:?}", image.initrd),
-                format!("append = {:?}", image.append(GUEST)),
+                format!("append = {append:?}"),
                 format!("serial_log = {:?}", run.join("serial-{node}.log")),
             ],
         ),
@@ -129,7 +150,9 @@ impl Pair {
         let disk_a = Disk::create(disk(Side::A), 128)?;
         let disk_b = disk_a.copy_to(disk(Side::B))?;
         for side in [Side::A, Side::B] {
-            lab.host(side).add_tap("vm0")?;
+            for tap in options.taps() {
+                lab.host(side).add_tap(tap)?;
+            }
         }
         let run = lab.run().directory();
         fs::create_dir_all(run.join("arbiter")).context("Cannot make the arbiter's directory")?;

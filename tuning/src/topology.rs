@@ -23,6 +23,12 @@ pub const CLIENT: &str = "10.77.0.1";
 pub const GUEST: &str = "10.77.0.10";
 /// The guest's hardware address.
 pub const MAC: &str = "52:54:00:c0:10:01";
+/// The address of the guest's second network card, where it has one, in another network on the same wire.
+pub const GUEST_SECOND: &str = "10.79.0.10";
+/// The client's address there.
+pub const CLIENT_SECOND: &str = "10.79.0.1";
+/// The second card's hardware address.
+pub(crate) const MAC_SECOND: &str = "52:54:00:c0:10:02";
 
 /// Hosts, client and switches. All of it goes when this is dropped.
 #[derive(Debug)]
@@ -48,7 +54,9 @@ impl Lab {
         }
         let client = Namespace::create(run.namespace("client"))?;
         cable(&switch, "lan", "lan-client", &client, "lan0")?;
-        client.ip(&format!("address add {CLIENT}/24 dev lan0"))?;
+        for address in [CLIENT, CLIENT_SECOND] {
+            client.ip(&format!("address add {address}/24 dev lan0"))?;
+        }
         let host = |side: Side| {
             let name = format!("host-{}", side.node());
             let namespace = Namespace::create(run.namespace(&name))?;

@@ -151,11 +151,11 @@ impl QemuVm {
         for block in ram.blocks() {
             identity += &format!("memory {}: {} bytes\n", block.name, block.bytes);
         }
-        for nic in &config.nics {
-            identity += &format!("network card: {}\n", nic.mac);
+        for (index, nic) in config.nics.iter().enumerate() {
+            identity += &format!("network card {index}: {}\n", nic.mac);
         }
-        for disk in &config.disks {
-            identity += &format!("disk: {} queues\n", disk.queues);
+        for (index, disk) in config.disks.iter().enumerate() {
+            identity += &format!("disk {index}: {} queues\n", disk.queues);
         }
         identity += &format!("more arguments: {:?}\n", config.extra_args);
         Ok(Self { process, qmp, ram, devices, tracker: None, identity })

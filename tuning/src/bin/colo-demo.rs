@@ -168,8 +168,8 @@ fn protection(now: &Status, before: &Status) -> [String; 6] {
         causes(now, before),
         ms(Duration::from_micros(last.number("/pause_us"))),
         last.number("/pages").to_string(),
-        now.number("/net/pair/proxy/compare/pvm_packets").to_string(),
-        now.number("/net/pair/proxy/compare/held_bytes").to_string(),
+        now.number("/net/0/pair/proxy/compare/pvm_packets").to_string(),
+        now.number("/net/0/pair/proxy/compare/held_bytes").to_string(),
     ]
 }
 

@@ -1,6 +1,5 @@
 //! The table of flows. An entry that holds packets, or what the SVM said, is never dropped; others age.
 
-use std::hash::BuildHasher;
 use std::ops::{Index, IndexMut};
 
 use hashbrown::HashTable;
