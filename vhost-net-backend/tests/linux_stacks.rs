@@ -19,7 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use vhost_net_backend::compare::CompareStats;
 use vhost_net_backend::lan::{Tap, TapOptions};
-use vhost_net_backend::proxy::{Action, Actions, Config, Primary, Secondary};
+use vhost_net_backend::proxy::{Action, Actions, Buffer, Config, Primary, Secondary};
 
 const GUEST: &str = "10.0.0.9";
 const CLIENT: &str = "10.0.0.1";
