@@ -115,7 +115,7 @@ mod tests {
         let full = serde_json::json!({
             "vm": "web", "node": "a", "peer": "b", "role": "primary", "state": "protected", "generation": 1, "epoch": 4,
             "checkpoints": {"by_cause": {"start": 1, "mismatch": 3}, "latest": [{"pause_us": 7, "pages": 9}]},
-            "net": {"pair": {"proxy": {"mirrored_packets": 5, "compare": {"last_mismatch": "tcp"}}}}, "block": {"error": "gone"}, "failover": null,
+            "net": [{"pair": {"proxy": {"mirrored_packets": 5, "compare": {"last_mismatch": "tcp"}}}}], "block": {"error": "gone"}, "failover": null,
         });
         let shown = status(&full);
         for part in
