@@ -33,8 +33,10 @@ pub fn iperf3(namespace: &Namespace, address: &str, flow: Flow, duration: Durati
     let text = loop {
         let output = namespace.run(|| command.output())?.context("Cannot run iperf3: install it")?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        // the server takes one client at a time, and takes leave of the one before a little later than that does
-        if !text.contains("the server is busy") || Instant::now() > deadline {
+        // the server takes one client at a time, and takes leave of the one before a little later than that does; the
+        // guest starts it last of all
+        let is_later = ["the server is busy", "Connection refused"].iter().any(|words| text.contains(words));
+        if !is_later || Instant::now() > deadline {
             break text;
         }
         thread::sleep(Duration::from_millis(20));
