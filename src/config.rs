@@ -271,7 +271,7 @@ impl Config {
             return Some(format!("vm.accel = {:?}: use \"auto\", \"kvm\" or \"tcg\"", vm.accel));
         }
         if let Some(mac) = vm.mac.iter().find(|mac| !is_unicast_mac(mac)) {
-            return Some(format!("vm.mac = {mac:?}: give a unicast address such as \"52:54:00:12:34:56\"",));
+            return Some(format!("vm.mac = {mac:?}: give a unicast address such as \"52:54:00:12:34:56\""));
         }
         if let Some(what) = self.cards_fault() {
             return Some(what);

@@ -30,11 +30,12 @@ pub(super) struct Links {
 }
 
 impl Links {
-    /// Of streams in the order of [`channels`].
-    fn of(streams: Vec<TcpStream>) -> Option<Self> {
+    /// Of streams in the order of [`channels`], one for each.
+    fn of(streams: Vec<TcpStream>) -> Self {
         let mut streams = streams.into_iter();
-        let (checkpoint, heartbeat, block) = (streams.next()?, streams.next()?, streams.next()?);
-        Some(Self { checkpoint, heartbeat, network: streams.collect(), block })
+        let mut next = || streams.next().expect("one for each channel");
+        let (checkpoint, heartbeat, block) = (next(), next(), next());
+        Self { checkpoint, heartbeat, network: streams.collect(), block }
     }
 }
 
@@ -94,7 +95,7 @@ fn try_connect(to: SocketAddr, ours: &Hello, cards: usize) -> Result<Links, Fail
         Ok(stream)
     };
     let streams = channels(cards).into_iter().map(open).collect::<Result<Vec<_>, _>>()?;
-    Ok(Links::of(streams).expect("more channels than that"))
+    Ok(Links::of(streams))
 }
 
 /// Waits for the primary. A stranger at the port is told off and logged, and the wait goes on; a peer of ours that
@@ -126,7 +127,7 @@ pub(super) fn accept(listener: &TcpListener, ours: &Hello, cards: usize) -> anyh
         };
         streams[at] = Some(stream);
         if streams.iter().all(Option::is_some) {
-            return Links::of(streams.into_iter().flatten().collect()).context("More channels than that");
+            return Ok(Links::of(streams.into_iter().flatten().collect()));
         }
     }
 }

@@ -166,18 +166,14 @@ mod tests {
 
     #[test]
     fn a_checkpoint_is_complete_when_all_parts_are_here_in_any_order() {
-        let parts = |epoch| {
-            let cards = [0, 1].map(|card| marker(Device::Net(card), epoch));
-            let [first, second] = cards;
-            [whole(epoch), first, second, marker(Device::Block, epoch)]
-        };
+        let devices = [Device::Net(0), Device::Net(1), Device::Block];
         for missing in 0..4 {
-            for first in 0..3 {
+            for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
                 let (sender, mut inbox) = inbox();
-                let mut here: Vec<Event> = Vec::from(parts(7));
+                let parts = [whole(7)].into_iter().chain(devices.map(|device| marker(device, 7)));
+                let mut here: Vec<_> = parts.map(Some).collect();
                 here.remove(missing);
-                here.rotate_left(first);
-                send(&sender, here);
+                send(&sender, order.map(|part| here[part].take().unwrap()));
                 assert!(inbox.complete(7, soon()).is_err(), "complete without part {missing}");
             }
         }

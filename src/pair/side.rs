@@ -280,14 +280,10 @@ impl Side {
     /// The status with the back ends' figures.
     pub(super) fn full_status(&mut self) -> Value {
         let mut value = serde_json::to_value(&*self.status.lock()).expect("always JSON");
-        let cards = 0..self.config.vm.mac.len();
-        value["net"] = cards
-            .map(|card| {
-                self.backends.status(Device::Net(card)).unwrap_or_else(|error| json!({"error": error.0}))
-            })
-            .collect();
-        value["block"] =
-            self.backends.status(Device::Block).unwrap_or_else(|error| json!({"error": error.0}));
+        let mut figures =
+            |device| self.backends.status(device).unwrap_or_else(|error| json!({"error": error.0}));
+        value["net"] = (0..self.config.vm.mac.len()).map(Device::Net).map(&mut figures).collect();
+        value["block"] = figures(Device::Block);
         value
     }
 

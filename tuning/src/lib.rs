@@ -55,5 +55,5 @@ pub use run::Run;
 pub use signals::end_on_signals;
 pub use solo::{Devices, Solo};
 pub use stall::{Stalls, percentile};
-pub use topology::{CLIENT, CLIENT_SECOND, GUEST, GUEST_SECOND, Lab, MAC, last_logs};
+pub use topology::{CLIENT, GUEST, GUEST_SECOND, Lab, MAC, last_logs};
 pub use udp::{UdpEcho, UdpResult};

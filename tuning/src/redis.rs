@@ -180,6 +180,25 @@ impl RedisLoad {
         self.shared.progress().clone()
     }
 
+    /// Waits until redis has acknowledged `more` INCRs from now on.
+    ///
+    /// # Errors
+    /// It has not within `limit`, or the connection broke.
+    pub fn await_increments(&self, more: u64, limit: Duration) -> Result<()> {
+        let (enough, deadline) = (self.progress().increments + more, Instant::now() + limit);
+        loop {
+            let RedisProgress { increments, failure, .. } = self.progress();
+            if increments >= enough {
+                return Ok(());
+            }
+            if let Some(failure) = failure {
+                bail!("The client's connection did not last: {failure}");
+            }
+            ensure!(Instant::now() < deadline, "{increments} increments after {limit:?}, not {enough}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Ends after the request in flight and gives the connection back with what was seen.
     ///
     /// # Errors

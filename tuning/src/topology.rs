@@ -26,7 +26,7 @@ pub const MAC: &str = "52:54:00:c0:10:01";
 /// The address of the guest's second network card, where it has one, in another network on the same wire.
 pub const GUEST_SECOND: &str = "10.79.0.10";
 /// The client's address there.
-pub const CLIENT_SECOND: &str = "10.79.0.1";
+const CLIENT_SECOND: &str = "10.79.0.1";
 /// The second card's hardware address.
 pub(crate) const MAC_SECOND: &str = "52:54:00:c0:10:02";
 
