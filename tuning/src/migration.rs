@@ -133,7 +133,8 @@ impl DiskGuest {
     /// While QEMU 7.2 migrates a guest that it emulates, it now and then takes a page that a CPU is just writing to for
     /// one that has not changed (`notdirty_write` against `tlb_reset_dirty`), and the guest's kernel falls over its own
     /// older lists and timers at the destination. Such pages are copied here. What a back end has written must have
-    /// come by itself: the used rings, and whatever `by_device` knows.
+    /// come by itself: the used rings, and whatever `by_device` knows. (A used ring is one page here, so that one mark of
+    /// several brings all of it: each mark by itself is tested in `src/vhost_user/tests/ring.rs`.)
     ///
     /// # Errors
     /// A page that a back end has written is not there. QEMU refuses, or the guest does not answer.
