@@ -5,8 +5,10 @@
 set -eu
 
 # redis-tools: redis-benchmark for the host, and the program redis-server for the guest without a service on the host;
-# fio: for the guest of the disk tests; iperf3: for host and guest.
-packages="qemu-system-x86 redis-tools busybox-static e2fsprogs iproute2 iputils-ping cpio fio iperf3 $*"
+# fio: for the guest of the disk tests; iperf3: for host and guest; dropbear and what follows: for the guest of the service
+# tests and its clients.
+packages="qemu-system-x86 redis-tools busybox-static e2fsprogs iproute2 iputils-ping cpio fio iperf3 \
+    dropbear-bin openssl dnsmasq-base rsync libxxhash0 libpcre2-8-0 libnettle8 $*"
 # qemu-img, for tests. Installed after the others: a newer one, where there is one, conflicts with Debian's
 # qemu-system-x86, and is removed by it.
 later="qemu-utils"

@@ -16,6 +16,8 @@ pub struct GuestImage {
     pub kernel: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
+    /// More words for the kernel's command line.
+    pub arguments: String,
 }
 
 impl GuestImage {
@@ -30,7 +32,11 @@ impl GuestImage {
             return Ok(image.clone());
         }
         let directory = made("mkguest.sh", &program("guest-agent")?)?;
-        let image = Self { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd") };
+        let image = Self {
+            kernel: directory.join("vmlinuz"),
+            initrd: directory.join("initrd"),
+            arguments: String::new(),
+        };
         Ok(MADE.get_or_init(|| image).clone())
     }
 
@@ -38,7 +44,8 @@ impl GuestImage {
     pub fn append(&self, address: &str) -> String {
         format!(
             "console=ttyS0 quiet panic=-1 reboot=t mitigations=off random.trust_cpu=on nowatchdog tsc=reliable \
-             transparent_hugepage=never colo.ip={address}/24"
+             transparent_hugepage=never colo.ip={address}/24 {}",
+            self.arguments
         )
     }
 }

@@ -33,9 +33,10 @@ pub fn iperf3(namespace: &Namespace, address: &str, flow: Flow, duration: Durati
     let text = loop {
         let output = namespace.run(|| command.output())?.context("Cannot run iperf3: install it")?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        // the server takes one client at a time, and takes leave of the one before a little later than that does; the
-        // guest starts it last of all
-        let is_later = ["the server is busy", "Connection refused"].iter().any(|words| text.contains(words));
+        // the server takes one client at a time, takes leave of the one before a little later than that does, and then
+        // resets who has come meanwhile; the guest starts it last of all
+        let later = ["the server is busy", "Connection refused", "receive control message: Connection reset"];
+        let is_later = later.iter().any(|words| text.contains(words));
         if !is_later || Instant::now() > deadline {
             break text;
         }

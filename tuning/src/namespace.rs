@@ -13,7 +13,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 
 /// A named network namespace. Removing it is the laboratory's business, see `run.rs`.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Namespace {
     name: String,
 }

@@ -28,6 +28,8 @@ pub struct PairOptions {
     pub environment: Vec<(&'static str, String)>,
     /// Whether the guest has a second network card.
     pub two_cards: bool,
+    /// What the guest boots from; without it, the ordinary image.
+    pub image: Option<GuestImage>,
 }
 
 impl Default for PairOptions {
@@ -38,6 +40,7 @@ impl Default for PairOptions {
             extra: Vec::new(),
             environment: Vec::new(),
             two_cards: false,
+            image: None,
         }
     }
 }
@@ -131,7 +134,7 @@ impl Pair {
     /// # Errors
     /// Something cannot be started, or protection is not there after a minute.
     pub fn start(options: &PairOptions) -> Result<Self> {
-        let image = GuestImage::make()?;
+        let image = options.image.clone().map_or_else(GuestImage::make, Ok)?;
         let mut pair = Self::prepare(options, &image)?;
         pair.run(Side::B, options)?;
         pair.run(Side::A, options)?;
