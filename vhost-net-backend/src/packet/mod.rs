@@ -4,6 +4,7 @@
 
 pub mod checksum;
 mod flow;
+pub mod fragments;
 mod ip;
 mod quoted;
 pub mod segment;
@@ -81,7 +82,7 @@ pub enum Kind {
 }
 
 /// Source and destination of an IP packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Addresses {
     /// Who sends.
     pub source: std::net::IpAddr,
@@ -134,6 +135,20 @@ impl Packet {
             _ => None,
         };
         packet.kind = kind.unwrap_or(Kind::Opaque);
+        packet
+    }
+
+    /// Takes a frame apart, and where it carries the first fragment of a TCP segment takes that for all of it: its header
+    /// is there, as long as it is not cut itself.
+    pub fn parse_first_fragment(frame: &[u8]) -> Self {
+        let mut packet = Self::parse(frame);
+        if let Kind::Datagram { addresses, transport, place, content } = &packet.kind
+            && *transport == (Transport::Fragment { protocol: PROTOCOL_TCP })
+            && place & if addresses.source.is_ipv4() { 0x1fff } else { 0xfff8 } == 0
+            && let Some(segment) = Segment::parse(frame, content.clone())
+        {
+            packet.kind = Kind::Tcp { addresses: *addresses, segment };
+        }
         packet
     }
 

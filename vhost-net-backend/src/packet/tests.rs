@@ -309,8 +309,14 @@ pub(crate) fn frame_like() -> impl Strategy<Value = Vec<u8>> {
                 if bytes[at - 2..at] == [0x08, 0x00] {
                     bytes[at] = 0x45;
                     bytes[at + 2..at + 4].copy_from_slice(&(left as u16).to_be_bytes());
-                    bytes[at + 6..at + 8].copy_from_slice(&[0, 0]);
+                    // whole, or one of the fragments of very few datagrams
+                    let place = if bytes[0] < 128 { [0, 0] } else { [bytes[1] & 0x20, bytes[2] & 7] };
+                    bytes[at + 6..at + 8].copy_from_slice(&place);
+                    bytes[at + 4..at + 6].copy_from_slice(&[0, 7]);
                     bytes[at + 9] = protocol;
+                    if place != [0, 0] {
+                        bytes[at + 12..at + 20].fill(1);
+                    }
                 } else if bytes[at - 2..at] == [0x86, 0xdd] && left >= 40 {
                     bytes[at] = 0x60;
                     bytes[at + 4..at + 6].copy_from_slice(&(left as u16 - 40).to_be_bytes());

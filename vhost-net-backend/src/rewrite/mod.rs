@@ -4,6 +4,9 @@
 //! SVM. What the SVM sends is put into the PVM's space, what comes for it into its own. Nothing that the SVM sends on
 //! such a connection goes to the primary before the PVM's number is known here: so when the primary releases the PVM's
 //! SYN, because it has the SVM's, this side is able to go on with the connection alone.
+//!
+//! Of a segment in fragments the first one has the numbers, and the checksum, which is corrected by what changes (RFC
+//! 1624). When a fragment cuts the header itself it passes as it is: the receiver drops it, and the sender sends it again.
 
 mod closing;
 mod connection;
@@ -109,7 +112,7 @@ impl Rewriter {
     ///
     /// It never has to wait for the SVM's SYN: the client learns of the PVM's only when the SVM's has been here.
     pub fn inbound(&mut self, frame: &[u8], checksum: Checksum, now_us: u64, actions: &mut Actions) {
-        let packet = Packet::parse(frame);
+        let packet = Packet::parse_first_fragment(frame);
         let frame = actions.push_to_guest(frame);
         if let (Kind::Tcp { segment, .. }, Some(key)) = (&packet.kind, packet.tcp_flow_to_guest()) {
             if let Some(connection) = self.connections.get_mut(&key) {
@@ -137,7 +140,7 @@ impl Rewriter {
         exit: Exit,
         actions: &mut Actions,
     ) {
-        let packet = Packet::parse(frame);
+        let packet = Packet::parse_first_fragment(frame);
         let Kind::Tcp { segment, .. } = &packet.kind else {
             exit.send(frame, actions);
             return;
@@ -215,7 +218,7 @@ impl Rewriter {
         for (frame, checksum) in std::mem::take(&mut connection.held) {
             self.stats.held_bytes -= frame.len();
             self.stats.rewritten_out += 1;
-            let packet = Packet::parse(&frame);
+            let packet = Packet::parse_first_fragment(&frame);
             let frame = exit.send(&frame, actions);
             if let Kind::Tcp { segment, .. } = &packet.kind {
                 connection.outbound(shift, Change { segment, checksum, frame });

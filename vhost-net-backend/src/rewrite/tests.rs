@@ -5,7 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::packet::{Addresses, checksum};
-use crate::test_frames::{Done, Tcp, carry_out, read};
+use crate::test_frames::{Done, Tcp, carry_out, fragments, read};
 use crate::wire::OUTPUT;
 
 /// One connection as the two VMs number it.
@@ -339,6 +339,41 @@ proptest! {
                     bench.passes(&numbers, piece);
                 }
                 bench.passes_unchanged(&foreign.frame(piece, true), piece.from_client);
+            }
+        }
+    }
+
+    #[test]
+    fn of_a_segment_in_fragments_the_first_is_rewritten(
+        numbers in numbers(),
+        mut pieces in prop::collection::vec(piece(), 1..6),
+        units in 1usize..20,
+    ) {
+        let mut bench = Bench::new();
+        bench.pvm_begins(&numbers);
+        bench.passes(&numbers, &syn());
+        for piece in &mut pieces {
+            piece.data = vec![piece.acked as u8; 200];
+            if numbers.refuses(piece) {
+                continue;
+            }
+            let (of_pvm, of_svm) = (numbers.frame(piece, false), numbers.frame(piece, true));
+            let Kind::Tcp { segment, .. } = Packet::parse(&of_pvm).kind else { unreachable!() };
+            let header_fits = segment.payload.start - segment.at <= 8 * units;
+            let other = if header_fits { bench.other_side(piece) } else { piece.clone() };
+            let (given, expected) = match (piece.from_client, header_fits) {
+                (true, true) => (of_pvm, numbers.frame(&other, true)),
+                (false, true) => (of_svm, numbers.frame(&other, false)),
+                // nothing but a part of the header: as it is
+                (true, false) => (of_pvm.clone(), of_pvm),
+                (false, false) => (of_svm.clone(), of_svm),
+            };
+            for (given, expected) in fragments(&given, 7, 8 * units).iter().zip(fragments(&expected, 7, 8 * units)) {
+                if piece.from_client {
+                    prop_assert_eq!(bench.inbound(given), expected);
+                } else {
+                    prop_assert_eq!(bench.out(given), [expected]);
+                }
             }
         }
     }
