@@ -77,6 +77,48 @@ pub(crate) fn udp(port: u16, data: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// The frame as fragments of at most so many bytes of payload each, a multiple of 8, for the same IP header.
+pub(crate) fn fragments(frame: &[u8], id: u16, bytes: usize) -> Vec<Vec<u8>> {
+    let ip_at = crate::packet::Packet::parse(frame).network_at;
+    let is_v4 = frame[ip_at] >> 4 == 4;
+    let payload_at = ip_at + if is_v4 { 20 } else { 40 };
+    let (header, payload) = frame.split_at(payload_at);
+    let last = payload.len().div_ceil(bytes) - 1;
+    let pieces = payload.chunks(bytes).enumerate();
+    pieces
+        .map(|(number, piece)| {
+            let (mut fragment, at) = (header.to_vec(), (number * bytes) as u16);
+            let ip = &mut fragment[ip_at..];
+            if is_v4 {
+                ip[2..4].copy_from_slice(&(20 + piece.len() as u16).to_be_bytes());
+                ip[4..6].copy_from_slice(&id.to_be_bytes());
+                let place = (at / 8) | (u16::from(number < last) << 13);
+                ip[6..8].copy_from_slice(&place.to_be_bytes());
+                let (parsed, _) = etherparse::Ipv4Header::from_slice(ip).unwrap();
+                ip[10..12].copy_from_slice(&parsed.calc_header_checksum().to_be_bytes());
+            } else {
+                ip[4..6].copy_from_slice(&(8 + piece.len() as u16).to_be_bytes());
+                let place = at | u16::from(number < last);
+                let protocol = std::mem::replace(&mut ip[6], 44);
+                fragment.extend([protocol, 0]);
+                fragment.extend(place.to_be_bytes());
+                fragment.extend(u32::from(id).to_be_bytes());
+            }
+            fragment.extend(piece);
+            fragment
+        })
+        .collect()
+}
+
+/// The protocol and the payload of the datagrams that the frames have in fragments, as etherparse puts them together.
+pub(crate) fn put_together(frames: &[Vec<u8>]) -> Vec<(u8, Vec<u8>)> {
+    let mut pool = etherparse::defrag::IpDefragPool::<(), ()>::new();
+    let whole = |frame: &Vec<u8>| {
+        pool.process_sliced_packet(&SlicedPacket::from_ethernet(frame).unwrap(), (), ()).unwrap()
+    };
+    frames.iter().filter_map(whole).map(|whole| (whole.ip_number.0, whole.payload)).collect()
+}
+
 /// A frame of the guest that is no IP.
 pub(crate) fn other(ethertype: u16, data: &[u8]) -> Vec<u8> {
     let mut frame = [CLIENT_MAC, GUEST_MAC].concat();

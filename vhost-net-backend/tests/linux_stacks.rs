@@ -7,7 +7,7 @@
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -72,6 +72,8 @@ fn guest() {
     };
     serve(ECHO, echo);
     serve(SOURCE, source);
+    let datagrams = UdpSocket::bind(("0.0.0.0", ECHO)).unwrap();
+    spawn(move || echo_datagrams(&datagrams));
     let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
     let address = |host: &str, port| SocketAddr::new(host.parse().unwrap(), port);
     bind(&socket, &address(GUEST, REVERSE_FROM)).unwrap();
@@ -88,6 +90,14 @@ fn echo(mut stream: TcpStream) -> std::io::Result<()> {
             return Ok(());
         }
         stream.write_all(&buffer[..bytes])?;
+    }
+}
+
+fn echo_datagrams(socket: &UdpSocket) {
+    let mut buffer = vec![0; 65_536];
+    loop {
+        let (bytes, from) = socket.recv_from(&mut buffer).unwrap();
+        socket.send_to(&buffer[..bytes], from).unwrap();
     }
 }
 
@@ -127,6 +137,23 @@ fn say(stream: &mut TcpStream, bytes: &[u8]) {
     assert!(got == bytes, "other bytes came back");
 }
 
+/// Sends a datagram, which needs several frames, until it comes back.
+fn say_in_fragments(bytes: &[u8]) {
+    let socket = UdpSocket::bind((CLIENT, 0)).unwrap();
+    socket.connect((GUEST, ECHO)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    let mut got = vec![0; 65_536];
+    loop {
+        socket.send(bytes).unwrap();
+        if let Ok(count) = socket.recv(&mut got) {
+            assert!(got[..count] == *bytes, "other bytes came back");
+            return;
+        }
+        assert!(Instant::now() < deadline, "no datagram comes back");
+    }
+}
+
 /// What the client does; it says when it wants the primary dead, and waits for that.
 fn sequence(rounds: usize, listener: &TcpListener, kill: &Sender<()>, killed: &Receiver<()>) {
     let mut streams = vec![listener.accept().unwrap().0];
@@ -147,6 +174,9 @@ fn sequence(rounds: usize, listener: &TcpListener, kill: &Sender<()>, killed: &R
     download.read_to_end(&mut got).unwrap();
     assert!(got == pattern(bytes));
     drop(download);
+    for round in 0..rounds / 10 {
+        say_in_fragments(&pattern(2000 + round * 500));
+    }
     for _ in 0..rounds / 4 {
         say(&mut open(ECHO), b"and goodbye");
     }
@@ -159,6 +189,7 @@ fn sequence(rounds: usize, listener: &TcpListener, kill: &Sender<()>, killed: &R
     println!("first answers after {} ms", stalled.elapsed().as_millis());
     say(&mut streams[2], &pattern(rounds * 5_000));
     say(&mut open(ECHO), b"a new one");
+    say_in_fragments(&pattern(5000));
 }
 
 /// Many clients at once, who know nothing of the primary's death.

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::packet::{ETHERTYPE_ARP, FlowKey, Kind, Packet, Transport};
+use crate::packet::{ETHERTYPE_ARP, FlowKey, Kind, PROTOCOL_IGMP, Packet, Transport};
 
 /// What the SVM said, as far as it is compared.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ const MESSAGE_COST: usize = 64;
 pub(super) struct Messages {
     said: VecDeque<Message>,
     bytes: usize,
-    /// ARP and neighbour discovery are repeated by timers and mean the same each time: what the SVM has said once in
+    /// ARP, group reports and neighbour discovery are repeated by timers and mean the same each time: what the SVM has said once in
     /// an epoch it has said, however often the PVM does.
     repeatable: bool,
     /// Whether packets leave in the order in which the PVM sent them. Frames that belong to no flow need not wait
@@ -46,6 +46,7 @@ impl Messages {
     pub(super) fn new(flow: &FlowKey) -> Self {
         let (repeatable, ordered) = match flow {
             FlowKey::Ip { transport: Transport::Icmp { discovery, .. }, .. } => (*discovery, !*discovery),
+            FlowKey::Ip { transport: Transport::Other { protocol: PROTOCOL_IGMP }, .. } => (true, false),
             FlowKey::Ip { .. } => (false, true),
             FlowKey::Frame { ethertype, .. } => (*ethertype == ETHERTYPE_ARP, false),
         };

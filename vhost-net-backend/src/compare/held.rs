@@ -4,8 +4,8 @@
 use slab::Slab;
 
 use super::flows::FlowId;
+use super::output::Output;
 use crate::packet::Packet;
-use crate::proxy::Buffer;
 
 /// A packet's place.
 pub(super) type HeldId = u32;
@@ -37,7 +37,7 @@ const UNLINKED: Link = Link { before: NONE, behind: NONE };
 pub(super) struct HeldPacket {
     pub(super) flow: FlowId,
     pub(super) packet: Packet,
-    pub(super) frame: Buffer,
+    pub(super) frame: Output,
     pub(super) since_us: u64,
     /// When it has waited too long, if it is in a list of those that may.
     pub(super) due_us: u64,
@@ -108,8 +108,8 @@ impl HeldPackets {
     }
 
     /// Adds one behind all others. It is in no other list yet.
-    pub(super) fn push(&mut self, flow: FlowId, packet: Packet, frame: Buffer, now_us: u64) -> HeldId {
-        self.bytes += frame.len();
+    pub(super) fn push(&mut self, flow: FlowId, packet: Packet, frame: Output, now_us: u64) -> HeldId {
+        self.bytes += frame.cost();
         self.bytes_peak = self.bytes_peak.max(self.bytes);
         let id = self.packets.insert(HeldPacket {
             flow,
@@ -194,7 +194,7 @@ impl HeldPackets {
         self.unlink(&mut all, id);
         self.all = all;
         let packet = self.packets.remove(id as usize);
-        self.bytes -= packet.frame.len();
+        self.bytes -= packet.frame.cost();
         packet
     }
 }

@@ -6,7 +6,9 @@
 
 mod datagrams;
 mod flows;
+mod fragments;
 mod held;
+mod output;
 mod stats;
 mod stream;
 mod tcp;
@@ -19,7 +21,9 @@ use std::collections::VecDeque;
 
 use datagrams::essence;
 use flows::{FlowId, Flows, Protocol};
+use fragments::Fragments;
 use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
+use output::Output;
 use tcp::{Difference, Verdict, Wait};
 
 use crate::packet::{Flags, FlowKey, Kind, Packet};
@@ -69,6 +73,7 @@ pub struct Compare {
     limits: Limits,
     flows: Flows,
     held: HeldPackets,
+    fragments: Fragments,
     /// Held packets that may wait too long: normally, patiently, and in dispute. Each in the order of their time.
     due: [List; 3],
     /// Connections that the SVM has reset, by the time when the PVM should have too.
@@ -98,6 +103,7 @@ impl Compare {
             flows: Flows::new(limits.flows_max),
             limits,
             held: HeldPackets::new(),
+            fragments: Fragments::default(),
             due: [List::of(Chain::Due); 3],
             resets: VecDeque::new(),
             svm_bytes: 0,
@@ -109,6 +115,13 @@ impl Compare {
 
     /// The PVM has sent this frame, which is `packet`.
     pub fn pvm_says(&mut self, frame: Buffer, packet: Packet, now_us: u64, actions: &mut Actions) {
+        match packet.fragment(&frame) {
+            Some(fragment) if !self.suspended => self.pvm_fragment(frame, &fragment, now_us, actions),
+            _ => self.pvm_sends(Output::Frame(frame), packet, now_us, actions),
+        }
+    }
+
+    fn pvm_sends(&mut self, frame: Output, packet: Packet, now_us: u64, actions: &mut Actions) {
         self.stats.pvm_packets += 1;
         let id = self.flows.get(&packet.flow_from_guest(&frame), now_us);
         if self.suspended {
@@ -165,7 +178,7 @@ impl Compare {
     fn hold(
         &mut self,
         id: FlowId,
-        frame: Buffer,
+        frame: Output,
         packet: Packet,
         lane: Lane,
         now_us: u64,
@@ -195,10 +208,7 @@ impl Compare {
             Some(_) => self.await_due(NORMAL, held, now_us + self.limits.held_us_max),
             None => {}
         }
-        if self.held.bytes() > self.limits.held_bytes_max {
-            let detail = format!("{} bytes in {} packets are held", self.held.bytes(), self.held.count());
-            self.want(Cause::HeldBytes, detail, actions);
-        }
+        self.want_within_limits(actions);
     }
 
     /// The packet will have waited too long then.
@@ -227,13 +237,28 @@ impl Compare {
     /// The SVM has sent this frame; sequence numbers are in the PVM's space already.
     pub fn svm_says(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
         let packet = Packet::parse(frame);
+        match packet.fragment(frame) {
+            Some(fragment) => self.svm_fragment(frame, &fragment, now_us, actions),
+            None => self.svm_sends(frame, &packet, now_us, actions),
+        }
+    }
+
+    /// Whether what the SVM says may be kept.
+    fn has_room_for_svm(&mut self, actions: &mut Actions) -> bool {
+        if self.svm_bytes <= self.limits.svm_bytes_max {
+            return true;
+        }
+        // losing it is safe: what the PVM says waits for a checkpoint, and that is on its way
+        self.stats.svm_packets_dropped += 1;
+        let detail = format!("{} bytes of the SVM's output wait for the PVM's", self.svm_bytes);
+        self.want(Cause::Buffer, detail, actions);
+        false
+    }
+
+    fn svm_sends(&mut self, frame: &[u8], packet: &Packet, now_us: u64, actions: &mut Actions) {
         let key = packet.flow_from_guest(frame);
         self.stats.svm_packets += 1;
-        if self.svm_bytes > self.limits.svm_bytes_max {
-            // losing it is safe: what the PVM says waits for a checkpoint, and that is on its way
-            self.stats.svm_packets_dropped += 1;
-            let detail = format!("{} bytes of the SVM's output wait for the PVM's", self.svm_bytes);
-            self.want(Cause::Buffer, detail, actions);
+        if !self.has_room_for_svm(actions) {
             return;
         }
         let Some(id) = self.flows.get_if_room(&key, now_us) else {
@@ -255,7 +280,7 @@ impl Compare {
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
                 self.advance_tcp(id, now_us, actions);
             }
-            (Protocol::Messages(_), _) => self.svm_message(id, &packet, frame, now_us, actions),
+            (Protocol::Messages(_), _) => self.svm_message(id, packet, frame, now_us, actions),
             // a key tells TCP from the rest
             (Protocol::Tcp(_), _) => {}
         }
@@ -431,9 +456,10 @@ impl Compare {
                 tcp.passed(segment, &frame);
                 tcp.leaves_unchanged(segment);
             }
-            actions.push_to_lan(frame);
+            frame.leave(actions);
             self.stats.released_by_commit += 1;
         }
+        self.commit_fragments(actions);
         self.flows.commit(|tcp| {
             if let Some(frame) = tcp.reopened_window() {
                 actions.push_copy_to_lan(&frame);
@@ -453,7 +479,7 @@ impl Compare {
 
     /// Whether another packet of the PVM may come.
     pub fn has_room(&self) -> bool {
-        self.held.bytes() < self.limits.held_bytes_full
+        self.held_bytes() < self.limits.held_bytes_full
     }
 
     /// When [`Compare::tick`] has something to do.
@@ -463,11 +489,12 @@ impl Compare {
             return None;
         }
         let held = self.due.iter().filter_map(|list| Some(self.held.get(list.first()?).due_us));
-        held.chain(self.resets.front().map(|reset| reset.0)).min()
+        held.chain(self.resets.front().map(|reset| reset.0)).chain(self.fragments_deadline()).min()
     }
 
     /// Looks whether something has waited too long.
     pub fn tick(&mut self, now_us: u64, actions: &mut Actions) {
+        self.give_up_fragments(now_us, actions);
         for class in [NORMAL, PATIENT, DISPUTED] {
             while let Some(first) = self.due[class].first()
                 && self.held.get(first).due_us <= now_us
@@ -548,8 +575,8 @@ impl Compare {
     /// The figures.
     pub fn stats(&self) -> CompareStats {
         CompareStats {
-            held_packets: self.held.count(),
-            held_bytes: self.held.bytes(),
+            held_packets: self.held.count() + self.fragments.pvm.frames(),
+            held_bytes: self.held_bytes(),
             held_bytes_peak: self.held.bytes_peak(),
             svm_bytes: self.svm_bytes,
             flows: self.flows.len(),
@@ -559,7 +586,7 @@ impl Compare {
 }
 
 /// A packet that has not waited, or has no longer to, leaves.
-fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Buffer, clamp: bool, actions: &mut Actions) {
+fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Output, clamp: bool, actions: &mut Actions) {
     if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (protocol, &packet.kind) {
         if clamp {
             tcp.leaves(packet, segment, &mut frame);
@@ -567,7 +594,7 @@ fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Buffer, clamp: boo
             tcp.leaves_unchanged(segment);
         }
     }
-    actions.push_to_lan(frame);
+    frame.leave(actions);
 }
 
 fn describe(difference: Difference) -> String {

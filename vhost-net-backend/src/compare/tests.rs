@@ -6,7 +6,7 @@ use etherparse::TcpOptionElement;
 use proptest::prelude::*;
 
 use super::*;
-use crate::test_frames::{Done, Tcp, arp, carry_out, other, read, udp};
+use crate::test_frames::{Done, Tcp, arp, carry_out, fragments, other, put_together, read, udp};
 
 /// A comparison with a clock.
 struct Bench {
@@ -744,6 +744,148 @@ proptest! {
         left += bench.commit().to_lan.len();
         prop_assert_eq!(left as u64, sent + bench.compare.stats().windows_reopened);
     }
+}
+
+/// What a VM does with the pieces of a datagram.
+fn pieces(id: u16, data: &[u8], bytes: usize) -> Vec<Vec<u8>> {
+    fragments(&udp(1, data), id, bytes)
+}
+
+proptest! {
+    #[test]
+    fn a_datagram_in_fragments_leaves_when_the_svm_has_said_all_of_it(
+        data in prop::collection::vec(any::<u8>(), 100..3000),
+        units in (2usize..40, 2usize..40),
+        order in prop::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 600),
+        differs in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let mut svm_data = data.clone();
+        if let Some(at) = differs {
+            svm_data[at.index(data.len())] ^= 1;
+        }
+        let (mut pvm, mut svm) = (pieces(7, &data, units.0 * 8), pieces(900, &svm_data, units.1 * 8));
+        let mut bench = bench();
+        let (mut sent, mut left) = (Vec::new(), Vec::new());
+        for (of_pvm, index) in order {
+            let from = if of_pvm { &mut pvm } else { &mut svm };
+            if from.is_empty() {
+                continue;
+            }
+            let frame = from.swap_remove(index.index(from.len()));
+            let done = if of_pvm {
+                sent.push(frame.clone());
+                bench.pvm(&frame)
+            } else {
+                bench.svm(&frame)
+            };
+            prop_assert!(done.wanted.is_empty());
+            let whole = pvm.is_empty() && svm.is_empty();
+            prop_assert_eq!(done.to_lan.len(), if whole && differs.is_none() { sent.len() } else { 0 });
+            left.extend(done.to_lan);
+        }
+        prop_assume!(pvm.is_empty() && svm.is_empty());
+        if differs.is_some() {
+            let done = bench.after_us(100_000);
+            prop_assert_eq!(done.wanted[0].0, Cause::Mismatch);
+            left = bench.commit().to_lan;
+        }
+        prop_assert_eq!(&left, &sent);
+        let stats = bench.compare.stats();
+        prop_assert_eq!((stats.held_packets, stats.held_bytes, stats.svm_bytes), (0, 0, 0));
+        if sent.len() > 1 {
+            prop_assert_eq!(put_together(&left), [(17, udp(1, &data)[34..].to_vec())]);
+        }
+    }
+}
+
+#[test]
+fn fragments_whose_others_do_not_come_are_compared_one_by_one() {
+    let (pvm, svm) = (pieces(7, &[1; 100], 40), pieces(900, &[1; 100], 40));
+    let mut bench = bench();
+    assert_eq!(bench.pvm(&pvm[2]), nothing());
+    assert_eq!(bench.svm(&svm[2]), nothing());
+    assert_eq!(bench.pvm(&pvm[0]), nothing());
+    assert_eq!(bench.compare.next_deadline(), Some(50_002));
+    assert_eq!(bench.after_us(50_000), nothing());
+    assert_eq!(bench.after_us(1), leaves(&[&pvm[2]]));
+    // as is what comes later still
+    assert_eq!(bench.pvm(&pvm[1]), nothing());
+    assert_eq!(bench.svm(&svm[0]), leaves(&[&pvm[0]]));
+    assert_eq!(bench.svm(&svm[1]), leaves(&[&pvm[1]]));
+    assert_eq!(bench.compare.stats().svm_bytes, 0);
+    // of the SVM's datagram one came in time, and without the SVM one waits as long as others
+    assert_eq!(bench.pvm(&pieces(8, &[1; 100], 40)[0]), nothing());
+    let done = bench.after_us(50_001);
+    assert_eq!(done, nothing());
+    let done = bench.after_us(100_000);
+    assert_eq!(done.wanted[0].0, Cause::HeldTooLong);
+}
+
+#[test]
+fn a_datagram_that_a_commit_cuts_in_two_is_compared_to_its_end() {
+    let mut bench = bench();
+    let frames = pieces(7, &[1; 100], 40);
+    let others = pieces(900, &[2; 100], 40);
+    bench.pvm(&frames[0]);
+    bench.pvm(&frames[1]);
+    bench.svm(&others[0]);
+    assert!(bench.compare.stats().svm_bytes > 0);
+    assert_eq!(bench.commit(), leaves(&[&frames[0], &frames[1]]));
+    assert_eq!(bench.compare.stats().svm_bytes, 0);
+    // the SVM is what the PVM was then, and says the rest with the same identification
+    assert_eq!(bench.svm(&frames[2]), nothing());
+    assert_eq!(bench.pvm(&frames[2]), leaves(&[&frames[2]]));
+    // and is through with it
+    for frame in &frames {
+        assert_eq!(bench.pvm(frame), nothing());
+    }
+    assert_eq!(bench.svm(&pieces(33, &[1; 100], 104)[0]), nothing());
+    assert_eq!(bench.svm(&pieces(33, &[1; 100], 104)[1]), leaves(&[&frames[0], &frames[1], &frames[2]]));
+}
+
+#[test]
+fn a_segment_in_fragments_belongs_to_its_stream() {
+    let mut bench = bench();
+    let syn = Tcp { seq: 99, ack: Some(1), syn: true, window: 1000, ..Tcp::default() }.frame();
+    bench.svm(&syn);
+    assert_eq!(bench.pvm(&syn), leaves(&[&syn]));
+    let segment = |window| Tcp { seq: 100, ack: Some(41), window, data: &[9; 300], ..Tcp::default() }.frame();
+    let pvm = fragments(&segment(5000), 7, 64);
+    for frame in &pvm {
+        assert_eq!(bench.pvm(frame), nothing());
+    }
+    // the SVM says it in other pieces, acknowledges as much, and has less room
+    assert_eq!(bench.svm(&data(100, &[9; 200])), nothing());
+    let last = Tcp { seq: 300, ack: Some(41), window: 1200, data: &[9; 100], ..Tcp::default() };
+    let done = bench.svm(&last.frame());
+    assert_eq!(done.to_lan[1..], pvm[1..]);
+    assert_eq!(put_together(&done.to_lan), [(6, segment(1200)[34..].to_vec())]);
+    // a retransmission as one
+    assert_eq!(bench.pvm(&segment(1200)), leaves(&[&segment(1200)]));
+}
+
+#[test]
+fn fragments_are_held_packets_like_others() {
+    let frames = pieces(7, &[1; 1000], 504);
+    let limits = Limits { held_bytes_max: 600, held_bytes_full: 700, ..Limits::default() };
+    let mut bench = Bench::new(limits);
+    assert_eq!(bench.pvm(&frames[0]), nothing());
+    assert!(bench.compare.has_room());
+    let done = bench.pvm(&pieces(8, &[1; 1000], 504)[0]);
+    assert_eq!(done.wanted, [(Cause::HeldBytes, "1076 bytes in 2 packets are held".to_owned())]);
+    assert!(!bench.compare.has_room());
+    bench.compare.suspend();
+    // one that is lost knows of no datagrams
+    assert_eq!(bench.pvm(&frames[1]), nothing());
+    assert_eq!(bench.after_us(10_000_000), nothing());
+    let mut left = bench.commit().to_lan;
+    left.sort();
+    let mut sent = vec![frames[0].clone(), pieces(8, &[1; 1000], 504)[0].clone(), frames[1].clone()];
+    sent.sort();
+    assert_eq!(left, sent);
+    bench.pvm(&frames[0]);
+    bench.compare.discard_all();
+    assert_eq!(bench.compare.stats().held_packets, 0);
 }
 
 #[test]

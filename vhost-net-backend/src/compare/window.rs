@@ -3,7 +3,7 @@
 //! Otherwise a client would send data that the PVM has room for and the SVM has not; the SVM would drop it, and get it
 //! only when the client's retransmission timer fires.
 
-use crate::packet::{Flags, Packet, Segment, checksum};
+use crate::packet::{Addresses, Flags, Kind, Packet, Segment, checksum};
 
 use super::tcp::{at_least, raise};
 
@@ -36,6 +36,7 @@ struct Narrowed {
     /// The frame without data.
     head: Vec<u8>,
     network_at: usize,
+    addresses: Addresses,
     segment: Segment,
 }
 
@@ -111,11 +112,14 @@ impl Window {
         let covered = segment.at;
         checksum::replace(frame, covered + CHECKSUM_AT, covered, covered + WINDOW_AT, &window.to_be_bytes());
         raise(&mut self.released_edge, segment.ack.wrapping_add(u32::from(window) << scale));
-        self.narrowed = Some(Box::new(Narrowed {
-            head: frame[..segment.payload.start].to_vec(),
-            network_at: packet.network_at,
-            segment: segment.clone(),
-        }));
+        if let Kind::Tcp { addresses, .. } = packet.kind {
+            self.narrowed = Some(Box::new(Narrowed {
+                head: frame[..segment.payload.start].to_vec(),
+                network_at: packet.network_at,
+                addresses,
+                segment: segment.clone(),
+            }));
+        }
     }
 
     /// The SVM offers more now, and the PVM has nothing to say: an acknowledgment that tells the client, if it is worth
@@ -166,7 +170,7 @@ impl Narrowed {
         frame[tcp + 13] = Flags::ACK as u8;
         frame[tcp + WINDOW_AT..tcp + WINDOW_AT + 2].copy_from_slice(&window.to_be_bytes());
         frame[tcp + CHECKSUM_AT..tcp + CHECKSUM_AT + 2].fill(0);
-        let sum = checksum::of_tcp(&frame, ip, tcp);
+        let sum = checksum::of_tcp(&self.addresses, &frame[tcp..]);
         frame[tcp + CHECKSUM_AT..tcp + CHECKSUM_AT + 2].copy_from_slice(&sum.to_be_bytes());
         frame
     }

@@ -1,5 +1,9 @@
 //! The Internet checksum: whole (RFC 1071) and after a change of some bytes (RFC 1624).
 
+use std::net::IpAddr;
+
+use super::Addresses;
+
 /// One's complement sum of `bytes`, the first of them in the high half of a word.
 fn add(bytes: &[u8]) -> u64 {
     let (words, last) = bytes.as_chunks::<2>();
@@ -35,13 +39,30 @@ pub fn of_transport(ip: &[u8], protocol: u8, pieces: &[&[u8]]) -> u16 {
     !fold(sum(&[&ip[addresses], &bytes.to_be_bytes(), &[0, protocol]]) + sum(pieces))
 }
 
-/// The checksum of a TCP segment that begins at `tcp_at` and ends with the frame, over the pseudo header of the IP header
-/// at `ip_at` (RFC 9293 §3.1). The checksum's own place must hold zeros.
-///
-/// # Panics
-/// When the frame does not hold these headers.
-pub fn of_tcp(frame: &[u8], ip_at: usize, tcp_at: usize) -> u16 {
-    of_transport(&frame[ip_at..], super::PROTOCOL_TCP, &[&frame[tcp_at..]])
+/// The checksum of a TCP segment between two addresses (RFC 9293 §3.1). Its own place must hold zeros.
+pub fn of_tcp(addresses: &Addresses, segment: &[u8]) -> u16 {
+    let mut pseudo = [0; 40];
+    let mut end = 0;
+    for address in [addresses.source, addresses.destination] {
+        match address {
+            IpAddr::V4(address) => pseudo[end..end + 4].copy_from_slice(&address.octets()),
+            IpAddr::V6(address) => pseudo[end..end + 16].copy_from_slice(&address.octets()),
+        }
+        end += if address.is_ipv4() { 4 } else { 16 };
+    }
+    let bytes = (segment.len() as u32).to_be_bytes();
+    of(&[&pseudo[..end], &bytes, &[0, super::PROTOCOL_TCP], segment])
+}
+
+/// What the checksum field of a TCP header holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checksum {
+    /// The checksum.
+    #[default]
+    Complete,
+    /// The sum over the pseudo header only, which no change of the segment changes. Whoever sends the frame on completes it
+    /// (virtio 1.2 §5.1.6.2, VIRTIO_NET_HDR_F_NEEDS_CSUM).
+    Partial,
 }
 
 /// Overwrites `frame[at..]` with `new` and corrects the checksum that stands at `checksum_at` and covers it; what it

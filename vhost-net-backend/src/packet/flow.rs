@@ -53,8 +53,16 @@ pub enum Transport {
         kind: [u8; 2],
         /// The identifier of an echo, else 0.
         identifier: u16,
-        /// Whether it is neighbour discovery (RFC 4861), which is repeated without meaning anything new.
+        /// Whether it is neighbour or multicast listener discovery (RFC 4861, RFC 3810), which is repeated without meaning
+        /// anything new.
         discovery: bool,
+    },
+    /// IPsec: what it protects cannot be looked at, or not be changed.
+    Security {
+        /// ESP (RFC 4303) or AH (RFC 4302).
+        protocol: u8,
+        /// Security parameters index.
+        spi: u32,
     },
     /// Fragments of any protocol.
     Fragment {
@@ -112,6 +120,9 @@ impl Transport {
             }
             Self::Fragment { protocol } => word(4, protocol.into(), 0),
             Self::Other { protocol } => word(5, protocol.into(), 0),
+            Self::Security { protocol, spi } => {
+                word(6 + u64::from(protocol == super::PROTOCOL_AH), (spi >> 16) as u16, spi as u16)
+            }
         }
     }
 }
@@ -222,6 +233,10 @@ impl fmt::Display for FlowKey {
                 }
                 Transport::Fragment { protocol } => {
                     write!(f, "fragments of protocol {protocol} {guest} -> {remote}{vlan}")
+                }
+                Transport::Security { protocol, spi } => {
+                    let name = if *protocol == super::PROTOCOL_AH { "ah" } else { "esp" };
+                    write!(f, "{name} spi {spi:#x} {guest} -> {remote}{vlan}")
                 }
                 Transport::Other { protocol } => {
                     write!(f, "protocol {protocol} {guest} -> {remote}{vlan}")

@@ -4,7 +4,9 @@
 
 pub mod checksum;
 mod flow;
+pub mod fragments;
 mod ip;
+mod quoted;
 pub mod segment;
 mod tcp;
 
@@ -12,6 +14,7 @@ use std::ops::Range;
 
 pub(crate) use flow::PackedKey;
 pub use flow::{FlowKey, Transport, Vlan};
+pub use quoted::Quoted;
 pub use tcp::{Flags, Segment, SynOptions, Timestamps, edge_positions};
 
 pub(crate) const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -20,11 +23,20 @@ pub(crate) const ETHERTYPE_RARP: u16 = 0x8035;
 pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_VLAN: u16 = 0x8100;
 const ETHERTYPE_QINQ: u16 = 0x88a8;
+/// An outer tag as switches wrote it before IEEE 802.1ad.
+const ETHERTYPE_QINQ_OLD: u16 = 0x9100;
+/// Below this the field is a length, and an LLC header follows (IEEE 802.3 §3.2.6).
+const ETHERTYPE_MIN: u16 = 0x0600;
+/// The LLC and SNAP headers before an EtherType (RFC 1042).
+const SNAP: [u8; 6] = [0xaa, 0xaa, 3, 0, 0, 0];
 
 pub(crate) const PROTOCOL_TCP: u8 = 6;
 pub(crate) const PROTOCOL_UDP: u8 = 17;
 pub(crate) const PROTOCOL_ICMP: u8 = 1;
+pub(crate) const PROTOCOL_IGMP: u8 = 2;
 pub(crate) const PROTOCOL_ICMPV6: u8 = 58;
+pub(crate) const PROTOCOL_ESP: u8 = 50;
+pub(crate) const PROTOCOL_AH: u8 = 51;
 
 /// Bytes of an Ethernet header without tags.
 pub(crate) const ETHERNET_BYTES: usize = 14;
@@ -34,7 +46,7 @@ pub(crate) const ETHERNET_BYTES: usize = 14;
 pub struct Packet {
     /// The tags it carries.
     pub vlan: Vlan,
-    /// The type behind the tags; 0 in a frame too short to have one.
+    /// The type behind the tags, or in a SNAP header; 0 in a frame that has none.
     pub ethertype: u16,
     /// Where the Ethernet payload begins.
     pub network_at: usize,
@@ -70,7 +82,7 @@ pub enum Kind {
 }
 
 /// Source and destination of an IP packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Addresses {
     /// Who sends.
     pub source: std::net::IpAddr,
@@ -98,14 +110,23 @@ impl Packet {
             };
             packet.ethertype = ethertype;
             packet.network_at = at + 2;
-            if !matches!(ethertype, ETHERTYPE_VLAN | ETHERTYPE_QINQ) || tag == 2 {
+            if !matches!(ethertype, ETHERTYPE_VLAN | ETHERTYPE_QINQ | ETHERTYPE_QINQ_OLD) || tag == 2 {
                 break;
             }
             let Some(control) = be16(frame, at + 2) else {
                 return packet;
             };
-            packet.vlan.push(control & 0x0fff);
+            // a tag with the identifier 0 gives a priority and no VLAN (IEEE 802.1Q §6.9.1)
+            if control & 0x0fff != 0 {
+                packet.vlan.push(control & 0x0fff);
+            }
             at += 4;
+        }
+        if packet.ethertype < ETHERTYPE_MIN {
+            packet.ethertype = snap_ethertype(&frame[packet.network_at..]).unwrap_or(0);
+            if packet.ethertype != 0 {
+                packet.network_at += SNAP.len() + 2;
+            }
         }
         let kind = match packet.ethertype {
             ETHERTYPE_IPV4 => ip::parse_v4(frame, packet.network_at),
@@ -114,6 +135,20 @@ impl Packet {
             _ => None,
         };
         packet.kind = kind.unwrap_or(Kind::Opaque);
+        packet
+    }
+
+    /// Takes a frame apart, and where it carries the first fragment of a TCP segment takes that for all of it: its header
+    /// is there, as long as it is not cut itself.
+    pub fn parse_first_fragment(frame: &[u8]) -> Self {
+        let mut packet = Self::parse(frame);
+        if let Kind::Datagram { addresses, transport, place, content } = &packet.kind
+            && *transport == (Transport::Fragment { protocol: PROTOCOL_TCP })
+            && place & if addresses.source.is_ipv4() { 0x1fff } else { 0xfff8 } == 0
+            && let Some(segment) = Segment::parse(frame, content.clone())
+        {
+            packet.kind = Kind::Tcp { addresses: *addresses, segment };
+        }
         packet
     }
 
@@ -158,6 +193,12 @@ impl Packet {
             },
         })
     }
+}
+
+/// The EtherType in the SNAP header at the beginning of `payload`, if that is what it begins with.
+fn snap_ethertype(payload: &[u8]) -> Option<u16> {
+    let ethertype = be16(payload.strip_prefix(&SNAP)?, 0)?;
+    (ethertype >= ETHERTYPE_MIN).then_some(ethertype)
 }
 
 fn parse_arp(frame: &[u8], at: usize) -> Option<Kind> {

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use serde::Serialize;
 
 use super::{Actions, Buffer, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
+use crate::packet::checksum::Checksum;
 use crate::rewrite::{Exit, RewriteStats, Rewriter};
 use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, WireError};
 
@@ -75,7 +76,7 @@ impl Secondary {
             if self.mode == Mode::Protected {
                 self.addresses.learn_from_guest(&frame);
             }
-            self.rewriter.outbound(&frame, now_us, exit, actions);
+            self.rewriter.outbound(&frame, Checksum::Complete, now_us, exit, actions);
         }
         actions.pool().give(frame);
     }
@@ -89,7 +90,7 @@ impl Secondary {
     /// A frame from this host's LAN. As long as the primary lives the guest gets it from there.
     pub fn lan_input(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
         if self.mode == Mode::Alone {
-            self.rewriter.inbound(frame, now_us, actions);
+            self.rewriter.inbound(frame, Checksum::Complete, now_us, actions);
         }
     }
 
@@ -119,7 +120,7 @@ impl Secondary {
                 self.mirrored_packets += 1;
                 self.mirrored_bytes += payload.len() as u64;
                 self.addresses.learn_from_lan(payload);
-                self.rewriter.inbound(payload, now_us, actions);
+                self.rewriter.inbound(payload, Checksum::Complete, now_us, actions);
             }
             ISN => {
                 let isn = Isn::from_bytes(payload)?;

@@ -1,4 +1,7 @@
 //! When a connection has ended, as one sees it who stands beside it (RFC 9293 §3.6).
+//!
+//! Anyone can send a segment for the guest with any numbers. One that the guest does not believe must not count here
+//! either: a connection whose numbers are forgotten too early is lost, one that is kept too long costs a place in a table.
 
 use crate::packet::{Flags, Segment};
 
@@ -14,11 +17,13 @@ pub(super) struct Closing {
     remote_fin: Option<u32>,
     guest_fin_acked: bool,
     remote_fin_acked: bool,
+    /// What the guest expects next of the other end (RCV.NXT), as far as that can be told.
+    expected: Option<u32>,
     reset: bool,
 }
 
-fn reaches(ack: u32, end: u32) -> bool {
-    ack.wrapping_sub(end).cast_signed() >= 0
+fn is_ahead(number: u32, of: u32) -> bool {
+    number.wrapping_sub(of).cast_signed() > 0
 }
 
 impl Closing {
@@ -29,19 +34,34 @@ impl Closing {
         if segment.flags.has(Flags::FIN) {
             self.guest_fin = Some(segment.seq_end());
         }
-        if let (Some(end), true) = (self.remote_fin, segment.flags.has(Flags::ACK)) {
-            self.remote_fin_acked |= reaches(segment.ack, end);
+        if segment.flags.has(Flags::ACK) {
+            // nothing comes behind a FIN, so that what acknowledges it is its end
+            self.remote_fin_acked |= self.remote_fin == Some(segment.ack);
+            if self.expected.is_none_or(|expected| is_ahead(segment.ack, expected)) {
+                self.expected = Some(segment.ack);
+            }
         }
     }
 
     /// A segment of the other end, as it came; the SVM's numbers are `shift` ahead of it.
     pub(super) fn inbound(&mut self, segment: &Segment, shift: u32) {
-        self.reset |= segment.flags.has(Flags::RST);
-        if segment.flags.has(Flags::FIN) {
-            self.remote_fin = Some(segment.seq_end());
+        if segment.flags.has(Flags::RST) {
+            // RFC 5961 §3.2: a guest believes one at the very place that it expects, and answers others
+            self.reset |= self.expected.is_none_or(|expected| expected == segment.seq);
+            return;
         }
-        if let (Some(end), true) = (self.guest_fin, segment.flags.has(Flags::ACK)) {
-            self.guest_fin_acked |= reaches(segment.ack.wrapping_add(shift), end);
+        let end = segment.seq_end();
+        if segment.flags.has(Flags::FIN) {
+            self.remote_fin = Some(end);
+        }
+        if let Some(expected) = self.expected
+            && !is_ahead(segment.seq, expected)
+            && is_ahead(end, expected)
+        {
+            self.expected = Some(end);
+        }
+        if segment.flags.has(Flags::ACK) {
+            self.guest_fin_acked |= self.guest_fin == Some(segment.ack.wrapping_add(shift));
         }
     }
 

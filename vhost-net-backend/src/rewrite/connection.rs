@@ -2,12 +2,15 @@
 
 use super::closing::Closing;
 use crate::compare::is_refusal;
-use crate::packet::{Flags, Segment, be32, checksum, edge_positions};
+use crate::packet::checksum::{self, Checksum};
+use crate::packet::{Flags, Quoted, Segment, be32, edge_positions};
 
 /// Where in a TCP header the numbers and the checksum stand.
 const SEQ_AT: usize = 4;
 const ACK_AT: usize = 8;
 const CHECKSUM_AT: usize = 16;
+/// Where in an ICMP message the checksum stands.
+const ICMP_CHECKSUM_AT: usize = 2;
 
 /// Edges of as many SACK blocks as 40 bytes of options can hold.
 const SACK_EDGES_MAX: usize = 8;
@@ -37,7 +40,7 @@ pub(super) struct Connection {
     /// The shift of the connection before, which the SVM still has while the PVM is on to the next one.
     previous: Option<Shift>,
     /// Packets of the SVM that wait for the PVM's SYN.
-    pub(super) held: Vec<Vec<u8>>,
+    pub(super) held: Vec<(Vec<u8>, Checksum)>,
     pub(super) closing: Closing,
     clocks: Clocks,
     pub(super) last_us: u64,
@@ -116,36 +119,54 @@ impl Connection {
     }
 }
 
-fn set(frame: &mut [u8], segment: &Segment, at: usize, number: u32) {
-    checksum::replace(frame, segment.at + CHECKSUM_AT, segment.at, at, &number.to_be_bytes());
+/// A TCP segment that is changed, in its frame.
+pub(super) struct Change<'a> {
+    pub(super) segment: &'a Segment,
+    pub(super) checksum: Checksum,
+    pub(super) frame: &'a mut [u8],
+}
+
+impl Change<'_> {
+    fn set(&mut self, at: usize, number: u32) {
+        let number = number.to_be_bytes();
+        match self.checksum {
+            Checksum::Complete => {
+                let tcp_at = self.segment.at;
+                checksum::replace(self.frame, tcp_at + CHECKSUM_AT, tcp_at, at, &number);
+            }
+            Checksum::Partial => self.frame[at..at + number.len()].copy_from_slice(&number),
+        }
+    }
 }
 
 impl Connection {
     /// Puts a packet of the SVM into the PVM's space.
-    pub(super) fn outbound(&mut self, shift: Shift, segment: &Segment, frame: &mut [u8]) {
+    pub(super) fn outbound(&mut self, shift: Shift, mut change: Change<'_>) {
+        let segment = change.segment;
         self.closing.outbound(segment);
         if is_refusal(segment) {
             // its zero is no position of any stream
             return;
         }
-        if let Some(timestamps) = segment.timestamps(frame) {
+        if let Some(timestamps) = segment.timestamps(change.frame) {
             raise(&mut self.clocks.svm, timestamps.value);
             let mut value = timestamps.value.wrapping_sub(shift.timestamp);
             if let Some(echoed) = self.clocks.echoed {
                 value = raise(&mut Some(echoed), value);
             }
-            set(frame, segment, timestamps.at, value);
+            change.set(timestamps.at, value);
         }
-        set(frame, segment, segment.at + SEQ_AT, segment.seq.wrapping_sub(shift.seq));
+        change.set(segment.at + SEQ_AT, segment.seq.wrapping_sub(shift.seq));
     }
 
     /// Puts a packet for the guest into the SVM's space. Without ACK it has nothing to do with what the guest sent.
-    pub(super) fn inbound(&mut self, shift: Shift, segment: &Segment, frame: &mut [u8]) {
+    pub(super) fn inbound(&mut self, shift: Shift, mut change: Change<'_>) {
+        let segment = change.segment;
         self.closing.inbound(segment, shift.seq);
         if !segment.flags.has(Flags::ACK) {
             return;
         }
-        if let Some(timestamps) = segment.timestamps(frame) {
+        if let Some(timestamps) = segment.timestamps(change.frame) {
             raise(&mut self.clocks.echoed, timestamps.echo);
             let mut echo = timestamps.echo.wrapping_add(shift.timestamp);
             if let Some(last) = self.clocks.svm
@@ -153,19 +174,42 @@ impl Connection {
             {
                 echo = last;
             }
-            set(frame, segment, timestamps.at + 4, echo);
+            change.set(timestamps.at + 4, echo);
         }
-        set(frame, segment, segment.at + ACK_AT, segment.ack.wrapping_add(shift.seq));
+        change.set(segment.at + ACK_AT, segment.ack.wrapping_add(shift.seq));
         let mut edges = [0; SACK_EDGES_MAX];
         let mut count = 0;
-        for (place, at) in edges.iter_mut().zip(edge_positions(segment, frame)) {
+        for (place, at) in edges.iter_mut().zip(edge_positions(segment, change.frame)) {
             *place = at;
             count += 1;
         }
         for at in &edges[..count] {
-            if let Some(edge) = be32(frame, *at) {
-                set(frame, segment, *at, edge.wrapping_add(shift.seq));
+            if let Some(edge) = be32(change.frame, *at) {
+                change.set(*at, edge.wrapping_add(shift.seq));
             }
         }
+    }
+}
+
+impl Shift {
+    /// Puts the sequence number that an error for the guest quotes into the SVM's space.
+    pub(super) fn requote(self, quoted: &Quoted, frame: &mut [u8]) {
+        let at = quoted.tcp.start;
+        let Some(seq) = be32(frame, at + SEQ_AT) else {
+            return;
+        };
+        let seq = seq.wrapping_add(self.seq).to_be_bytes();
+        let (mut header, mut bytes) = ([0; CHECKSUM_AT + 2], SEQ_AT + seq.len());
+        if quoted.tcp.len() >= header.len() {
+            // its own checksum is quoted too
+            bytes = header.len();
+            header.copy_from_slice(&frame[at..at + bytes]);
+            checksum::replace(&mut header, CHECKSUM_AT, 0, SEQ_AT, &seq);
+        } else {
+            header[..SEQ_AT].copy_from_slice(&frame[at..at + SEQ_AT]);
+            header[SEQ_AT..bytes].copy_from_slice(&seq);
+        }
+        let icmp_at = quoted.icmp_at;
+        checksum::replace(frame, icmp_at + ICMP_CHECKSUM_AT, icmp_at, at, &header[..bytes]);
     }
 }

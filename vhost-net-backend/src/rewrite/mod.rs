@@ -4,6 +4,9 @@
 //! SVM. What the SVM sends is put into the PVM's space, what comes for it into its own. Nothing that the SVM sends on
 //! such a connection goes to the primary before the PVM's number is known here: so when the primary releases the PVM's
 //! SYN, because it has the SVM's, this side is able to go on with the connection alone.
+//!
+//! Of a segment in fragments the first one has the numbers, and the checksum, which is corrected by what changes (RFC
+//! 1624). When a fragment cuts the header itself it passes as it is: the receiver drops it, and the sender sends it again.
 
 mod closing;
 mod connection;
@@ -12,10 +15,11 @@ use std::collections::{HashMap, VecDeque};
 
 use serde::Serialize;
 
-use crate::packet::{Flags, FlowKey, Kind, Packet, Segment};
+use crate::packet::checksum::Checksum;
+use crate::packet::{Flags, FlowKey, Kind, Packet, Quoted, Segment};
 use crate::proxy::Actions;
 use crate::wire::{Isn, OUTPUT};
-use connection::{Beginning, Connection};
+use connection::{Beginning, Change, Connection};
 
 /// What the rewriter keeps within.
 #[derive(Clone, Debug)]
@@ -104,26 +108,39 @@ impl Rewriter {
         }
     }
 
-    /// A frame that is on its way to the SVM.
+    /// A frame that is on its way to the SVM. An error about a segment of the guest (ICMP) quotes its number.
     ///
     /// It never has to wait for the SVM's SYN: the client learns of the PVM's only when the SVM's has been here.
-    pub fn inbound(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
-        let packet = Packet::parse(frame);
+    pub fn inbound(&mut self, frame: &[u8], checksum: Checksum, now_us: u64, actions: &mut Actions) {
+        let packet = Packet::parse_first_fragment(frame);
         let frame = actions.push_to_guest(frame);
-        if let (Kind::Tcp { segment, .. }, Some(key)) = (&packet.kind, packet.tcp_flow_to_guest())
-            && let Some(connection) = self.connections.get_mut(&key)
-        {
-            connection.last_us = now_us;
-            if let Some(shift) = connection.shift_in_use() {
-                connection.inbound(shift, segment, frame);
-                self.stats.rewritten_in += 1;
+        if let (Kind::Tcp { segment, .. }, Some(key)) = (&packet.kind, packet.tcp_flow_to_guest()) {
+            if let Some(connection) = self.connections.get_mut(&key) {
+                connection.last_us = now_us;
+                if let Some(shift) = connection.shift_in_use() {
+                    connection.inbound(shift, Change { segment, checksum, frame });
+                    self.stats.rewritten_in += 1;
+                }
             }
+        } else if let Some(quoted) = Quoted::find(&packet, frame)
+            && let Some(connection) = self.connections.get(&quoted.flow)
+            && let Some(shift) = connection.shift_in_use()
+        {
+            shift.requote(&quoted, frame);
+            self.stats.rewritten_in += 1;
         }
     }
 
     /// A frame that the SVM sent.
-    pub fn outbound(&mut self, frame: &[u8], now_us: u64, exit: Exit, actions: &mut Actions) {
-        let packet = Packet::parse(frame);
+    pub fn outbound(
+        &mut self,
+        frame: &[u8],
+        checksum: Checksum,
+        now_us: u64,
+        exit: Exit,
+        actions: &mut Actions,
+    ) {
+        let packet = Packet::parse_first_fragment(frame);
         let Kind::Tcp { segment, .. } = &packet.kind else {
             exit.send(frame, actions);
             return;
@@ -139,12 +156,12 @@ impl Rewriter {
         connection.last_us = now_us;
         if let Some(shift) = connection.shift_in_use() {
             let frame = exit.send(frame, actions);
-            connection.outbound(shift, segment, frame);
+            connection.outbound(shift, Change { segment, checksum, frame });
             self.stats.rewritten_out += 1;
         } else if connection.waits_for_pvm() {
             if self.stats.held_bytes + frame.len() <= self.limits.held_bytes_max {
                 self.stats.held_bytes += frame.len();
-                connection.held.push(frame.to_vec());
+                connection.held.push((frame.to_vec(), checksum));
             } else {
                 self.stats.dropped += 1;
             }
@@ -198,13 +215,13 @@ impl Rewriter {
         let Some(shift) = connection.shift() else {
             return;
         };
-        for frame in std::mem::take(&mut connection.held) {
+        for (frame, checksum) in std::mem::take(&mut connection.held) {
             self.stats.held_bytes -= frame.len();
             self.stats.rewritten_out += 1;
-            let packet = Packet::parse(&frame);
+            let packet = Packet::parse_first_fragment(&frame);
             let frame = exit.send(&frame, actions);
             if let Kind::Tcp { segment, .. } = &packet.kind {
-                connection.outbound(shift, segment, frame);
+                connection.outbound(shift, Change { segment, checksum, frame });
             }
         }
     }
@@ -222,7 +239,7 @@ impl Rewriter {
         self.alone = true;
         self.stats.held_bytes = 0;
         self.connections.retain(|_, connection| {
-            for frame in connection.held.drain(..) {
+            for (frame, _) in connection.held.drain(..) {
                 actions.push_copy_to_lan(&frame);
             }
             connection.shift().is_some()
