@@ -3,6 +3,7 @@
 //! `tuning/example.toml` is the commented example.
 
 mod disk;
+pub mod policy;
 mod several;
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub use self::disk::{CacheMode, DiskConfig};
+use self::policy::PolicyRule;
 use self::several::several;
 
 /// NICs that a VM may have.
@@ -172,6 +174,8 @@ pub struct NetConfig {
     pub program: PathBuf,
     /// How long its worker polls before it sleeps, in microseconds.
     pub poll_us: u64,
+    /// Rules for single flows. The first that fits counts.
+    pub policy: Vec<PolicyRule>,
 }
 
 /// One of the two hosts.
@@ -220,7 +224,7 @@ impl Default for CheckpointConfig {
 
 impl Default for NetConfig {
     fn default() -> Self {
-        Self { program: "vhost-net-backend".into(), poll_us: 20 }
+        Self { program: "vhost-net-backend".into(), poll_us: 20, policy: Vec::new() }
     }
 }
 
@@ -316,7 +320,7 @@ impl Config {
         if checkpoint.held_bytes_max < 64 << 10 {
             return Some("checkpoint.held_bytes_max must be at least 65536".into());
         }
-        self.disk.fault(&self.node)
+        policy::fault(&self.net.policy).or_else(|| self.disk.fault(&self.node))
     }
 
     /// What of the network cards does not fit together.
@@ -425,6 +429,17 @@ mod tests {
     }
 
     #[test]
+    fn the_policy_of_the_example_is_right() {
+        let rule = |line: &str| line.strip_prefix("#   ").map(|rest| format!("{rest}\n"));
+        let (_, section) = EXAMPLE.split_once("[net]").unwrap();
+        let (section, _) = section.split_once("[disk]").unwrap();
+        let policy: String = section.lines().filter_map(rule).collect();
+        let config = load(&EXAMPLE.replacen("[disk]", &format!("{policy}[disk]"), 1)).unwrap();
+        let actions: Vec<&str> = config.net.policy.iter().map(|rule| rule.action.as_str()).collect();
+        assert_eq!(actions, ["mask", "bypass"]);
+    }
+
+    #[test]
     fn each_fault_is_one_line_that_names_the_key() {
         let cases = [
             ("name = \"web\"", "name = \"a b\"", "vm.name"),
@@ -458,6 +473,11 @@ mod tests {
             ("# queues = 1", "queues = 0", "disk.queues"),
             ("# workers = 0", "workers = 2", "disk.workers"),
             ("# buffer_bytes = 268435456", "buffer_bytes = 1", "disk.buffer_bytes"),
+            (
+                "[disk]",
+                "[[net.policy]]\nprotocol = \"tcp\"\nguest_port = \"9-8\"\naction = \"bypass\"\n[disk]",
+                "net.policy, rule 1: guest_port = \"9-8\": give a port",
+            ),
         ];
         for (from, to, word) in cases {
             assert!(EXAMPLE.contains(from), "{from}");

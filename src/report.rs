@@ -5,10 +5,11 @@ use std::fmt::Write;
 use serde_json::Value;
 
 /// What is told of the network back end: a name, and where it stands in its status. Each half has some of them.
-const NET: [(&str, &str); 9] = [
+const NET: [(&str, &str); 10] = [
     ("phase", "/pair/phase"),
     ("packets mirrored", "/pair/proxy/mirrored_packets"),
     ("compared", "/pair/proxy/compare/pvm_packets"),
+    ("bypassed", "/pair/proxy/compare/bypassed"),
     ("released at once", "/pair/proxy/compare/released_at_once"),
     ("released by a match", "/pair/proxy/compare/released_by_match"),
     ("released by a checkpoint", "/pair/proxy/compare/released_by_commit"),
@@ -27,6 +28,9 @@ const BLOCK: [(&str, &str); 7] = [
     ("writes applied", "/secondary/applied_writes"),
     ("bytes buffered", "/secondary/buffer_bytes"),
 ];
+
+/// Of the last mismatches and of the services with most, so many are told.
+const MISMATCHES_SHOWN: usize = 5;
 
 /// The status as text.
 pub(crate) fn status(value: &Value) -> String {
@@ -83,11 +87,40 @@ pub(crate) fn status(value: &Value) -> String {
         }
     }
     for card in cards {
-        if let Some(mismatch) = card.pointer("/pair/proxy/compare/last_mismatch").and_then(Value::as_str) {
-            line("last mismatch", mismatch.to_owned());
+        let list = |at: &str| card.pointer(at).and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let now_us = card.pointer("/pair/clock_us").and_then(Value::as_u64).unwrap_or(0);
+        for mismatch in list("/pair/proxy/compare/recent_mismatches").iter().take(MISMATCHES_SHOWN) {
+            line("mismatch", describe(mismatch, now_us));
+        }
+        for count in list("/pair/proxy/compare/mismatches_by_service").iter().take(MISMATCHES_SHOWN) {
+            let service = count["service"].as_str().unwrap_or("?");
+            line("differ most", format!("{service}: {} times", count["count"]));
         }
     }
     out
+}
+
+/// One mismatch, of those that the network back end remembers.
+fn describe(mismatch: &Value, now_us: u64) -> String {
+    let text = |name: &str| mismatch[name].as_str().unwrap_or("?");
+    let ago_ms = now_us.saturating_sub(mismatch["at_us"].as_u64().unwrap_or(now_us)) / 1000;
+    let ago = if ago_ms < 1000 { format!("{ago_ms} ms") } else { format!("{} s", ago_ms / 1000) };
+    let mut out = format!("{ago} ago, {}, {} so far: {}", text("flow"), mismatch["count"], text("what"));
+    if let Some(bytes) = mismatch["bytes"].as_object() {
+        let shown = |name: &str| from_hex(bytes.get(name).and_then(Value::as_str).unwrap_or_default());
+        let (before, pvm, svm) = (shown("before"), shown("pvm"), shown("svm"));
+        write!(out, "; both say \"{before}\", then the PVM \"{pvm}\", the SVM \"{svm}\"")
+            .expect("a String takes all");
+    }
+    out
+}
+
+/// Bytes that are given in hexadecimal, as text that no terminal acts on.
+fn from_hex(digits: &str) -> String {
+    let value = |digit: u8| char::from(digit).to_digit(16).unwrap_or(0) as u8;
+    let bytes: Vec<u8> =
+        digits.as_bytes().chunks_exact(2).map(|pair| value(pair[0]) << 4 | value(pair[1])).collect();
+    bytes.escape_ascii().to_string()
 }
 
 /// The value below which so many per cent of a sorted list lie; 0 for an empty one.
@@ -115,14 +148,40 @@ mod tests {
         let full = serde_json::json!({
             "vm": "web", "node": "a", "peer": "b", "role": "primary", "state": "protected", "generation": 1, "epoch": 4,
             "checkpoints": {"by_cause": {"start": 1, "mismatch": 3}, "latest": [{"pause_us": 7, "pages": 9}]},
-            "net": [{"pair": {"proxy": {"mirrored_packets": 5, "compare": {"last_mismatch": "tcp"}}}}], "block": {"error": "gone"}, "failover": null,
+            "net": [{"pair": {"proxy": {"mirrored_packets": 5, "compare": {"bypassed": 6}}}}], "block": {"error": "gone"}, "failover": null,
         });
         let shown = status(&full);
-        for part in
-            ["web", "primary: protected", "mismatch 3", "median 7 us", "packets mirrored 5", "gone", "tcp"]
-        {
+        for part in [
+            "web",
+            "primary: protected",
+            "mismatch 3",
+            "median 7 us",
+            "packets mirrored 5",
+            "gone",
+            "bypassed 6",
+        ] {
             assert!(shown.contains(part), "{shown}");
         }
         status(&serde_json::json!({}));
+    }
+
+    #[test]
+    fn a_mismatch_is_shown_with_its_bytes_and_those_that_differ_most() {
+        let mismatch = |count: u64| {
+            serde_json::json!({
+                "at_us": 1_000_000, "cause": "mismatch", "flow": "tcp a -> b", "count": count,
+                "what": "offset 8", "bytes": {"offset": 8, "before": "0d0a22", "pvm": "1b", "svm": ""},
+            })
+        };
+        let mismatches: Vec<Value> = (0..9).map(mismatch).collect();
+        let shown =
+            status(&serde_json::json!({"net": [{"pair": {"clock_us": 4_500_000, "proxy": {"compare": {
+                "recent_mismatches": mismatches,
+                "mismatches_by_service": [{"service": "tcp guest a", "count": 17, "overcount": 0}],
+            }}}}]}));
+        let first = r#"mismatch      3 s ago, tcp a -> b, 0 so far: offset 8; both say "\r\n\"", then the PVM "\x1b", the SVM """#;
+        assert!(shown.lines().any(|line| line == first), "{shown}");
+        assert_eq!(shown.matches("3 s ago").count(), MISMATCHES_SHOWN);
+        assert!(shown.lines().any(|line| line == "differ most   tcp guest a: 17 times"), "{shown}");
     }
 }

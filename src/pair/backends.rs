@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::event::{Device, Event};
 use crate::checkpoint::{DeviceError, Devices};
-use crate::config::{Config, DiskConfig, NodeConfig};
+use crate::config::{Config, DiskConfig, NodeConfig, policy};
 use crate::control::{Client, Command, Event as BackendEvent, Role};
 use crate::memory::{DirtyLog, PageSet};
 
@@ -140,6 +140,9 @@ fn net_process(config: &Config, node: &NodeConfig, card: usize) -> Process {
     process.arg("--poll-us").arg(config.net.poll_us.to_string());
     process.arg("--held-ms-max").arg(config.checkpoint.held_ms_max.to_string());
     process.arg("--held-bytes-max").arg(config.checkpoint.held_bytes_max.to_string());
+    if !config.net.policy.is_empty() {
+        process.arg("--policy").arg(policy::to_json(&config.net.policy));
+    }
     if let Some(core) = node.net_core.get(card) {
         process.arg("--core").arg(core.to_string());
     }
@@ -304,6 +307,22 @@ fn die_with_us(process: &mut Process, inherited: BorrowedFd<'_>) {
 mod tests {
     use super::*;
     use crate::config::CacheMode;
+
+    #[test]
+    fn the_network_back_end_gets_the_rules_of_the_configuration() {
+        let example = include_str!("../../tuning/example.toml");
+        let line = |config: &Config| {
+            let process = net_process(config, &config.node["a"], 0);
+            process.get_args().map(|word| word.to_str().unwrap()).collect::<Vec<_>>().join(" ")
+        };
+        let mut config: Config = toml::from_str(example).unwrap();
+        let plain = "--tap web0 --poll-us 20 --held-ms-max 100 --held-bytes-max 16777216";
+        assert_eq!(line(&config), plain);
+        let rule = "protocol = \"udp\"\nguest_port = 123\naction = \"bypass\"";
+        config.net.policy = vec![toml::from_str(rule).unwrap()];
+        let policy = r#"[{"protocol":"udp","guest_port":123,"action":"bypass"}]"#;
+        assert_eq!(line(&config), format!("{plain} --policy {policy}"));
+    }
 
     #[test]
     fn the_disk_is_served_as_it_is_configured() {

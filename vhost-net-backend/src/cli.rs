@@ -7,6 +7,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 use crate::device::{MacAddress, PAIRS_MAX};
 use crate::lan::Null;
+use crate::policy::Policy;
 use crate::proxy::Config;
 
 const FIGURES: &str = "\
@@ -16,7 +17,17 @@ The control command `status` answers with:
   pair.awaiting_commit  secondary: the marker is here, nothing is taken from the link
   pair.link_outgoing_bytes, pair.undelivered_bytes
                         what waits for the peer and for the guest
+  pair.clock_us         now, on the clock of all times (at_us) below
   pair.proxy            figures of the comparison (primary) or of the rewriting (secondary)
+  pair.proxy.compare.bypassed, svm_packets_unused
+                        what left uncompared, and what of the SVM nobody needed, as --policy has it
+  pair.proxy.compare.mismatches, held_too_long
+                        how often a packet of the primary could leave with a checkpoint only
+  pair.proxy.compare.recent_mismatches
+                        the last 32 of these, newest first: when, why, which flow, how many of it so far, and where the
+                        bytes differ the offset, 16 bytes before and 16 from there on of either side (hexadecimal)
+  pair.proxy.compare.mismatches_by_service
+                        their number for each service, the 32 with most; overcount may be others'
   frames.guest_frames, guest_bytes, lan_frames, lan_bytes
                         what was taken from the guest and from the LAN
   frames.guest_malformed, guest_too_long, lan_refused
@@ -173,6 +184,16 @@ pub struct Serve {
     #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
     pub held_bytes_max: usize,
 
+    /// Rules for single flows, as JSON: the list that `net.policy` is in COLO's configuration (docs/policy.md).
+    #[arg(
+        long,
+        value_name = "JSON",
+        default_value = "[]",
+        hide_default_value = true,
+        requires = "protected"
+    )]
+    pub policy: Policy,
+
     /// Print what this program can do as JSON, ignore everything else, and end.
     #[arg(long)]
     pub print_capabilities: bool,
@@ -181,7 +202,7 @@ pub struct Serve {
 impl Serve {
     /// What the proxy is to know.
     pub fn proxy_config(&self) -> Config {
-        let mut config = Config::default();
+        let mut config = Config { policy: self.policy.clone(), ..Config::default() };
         config.compare.held_us_max = self.held_ms_max.saturating_mul(1000);
         config.compare.patient_us_max = config.compare.patient_us_max.max(config.compare.held_us_max);
         config.compare.held_bytes_max = self.held_bytes_max;
@@ -207,6 +228,8 @@ mod tests {
         assert_eq!((minimal.poll_us, minimal.protected, minimal.mac), (50, false, None));
         let fds = parse("--fd 3 --tap-fd 4,5 --queue-pairs 2 --core 1,2").unwrap().serve;
         assert_eq!((fds.tap_fd, fds.core, fds.queue_pairs), (vec![4, 5], vec![1, 2], 2));
+        let rules = r#"[{"protocol":"arp","action":"bypass"}]"#;
+        parse(&format!("--socket-path s --tap t --control-path c --protected --policy {rules}")).unwrap();
         assert!(matches!(parse("link --control-path c down").unwrap().order, Some(Order::Link { .. })));
         for wrong in [
             "",
@@ -220,6 +243,8 @@ mod tests {
             "--socket-path s --null discard",
             "--socket-path s --tap t --control-path c --control-fd 3",
             "--socket-path s --null drop --control-path c --protected",
+            "--socket-path s --tap t --control-path c --protected --policy [{}]",
+            "--socket-path s --tap t --policy []",
             // nobody could ever open it
             "--socket-path s --tap t --protected",
         ] {

@@ -10,6 +10,7 @@ pub mod lan;
 pub mod link;
 pub mod offload;
 pub mod packet;
+pub mod policy;
 mod protection;
 pub mod proxy;
 pub mod rewrite;

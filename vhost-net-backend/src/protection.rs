@@ -267,6 +267,7 @@ impl Protection {
             "awaiting_commit": self.awaiting_commit,
             "link_outgoing_bytes": self.link.as_ref().map_or(0, Link::outgoing_bytes),
             "undelivered_bytes": self.undelivered.bytes,
+            "clock_us": self.now_us(),
             "proxy": both!(&self.half, proxy => json!(proxy.stats())),
         })
     }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 
+use super::mismatches::Differing;
 use crate::packet::{ETHERTYPE_ARP, FlowKey, Kind, PROTOCOL_IGMP, Packet, Transport};
 
 /// What the SVM said, as far as it is compared.
@@ -37,10 +38,6 @@ pub(super) fn essence<'a>(packet: &Packet, frame: &'a [u8]) -> (u16, &'a [u8]) {
         _ => (0, frame),
     }
 }
-
-/// Where two messages differ first: the offset, the first one's byte, the second one's. A byte that one of them does
-/// not have is `None`.
-pub(super) type Difference = (usize, Option<u8>, Option<u8>);
 
 impl Messages {
     pub(super) fn new(flow: &FlowKey) -> Self {
@@ -103,9 +100,9 @@ impl Messages {
     }
 
     /// How the PVM's message differs from the oldest that the SVM said and the PVM did not.
-    pub(super) fn difference(&self, (_, content): (u16, &[u8])) -> Option<Difference> {
+    pub(super) fn difference(&self, (_, content): (u16, &[u8])) -> Option<Differing> {
         let theirs = &self.said.front()?.content;
         let same = content.iter().zip(theirs).take_while(|(a, b)| a == b).count();
-        Some((same, content.get(same).copied(), theirs.get(same).copied()))
+        Some(Differing::at(same as u64, same, content, &theirs[same..]))
     }
 }

@@ -7,8 +7,10 @@ use slab::Slab;
 
 use super::datagrams::Messages;
 use super::held::{Chain, List};
+use super::masking::Masking;
 use super::tcp::TcpFlow;
 use crate::packet::{FlowKey, PackedKey};
+use crate::policy::{Policy, Treatment};
 
 /// RFC 5382 §5: an established connection is remembered for at least 2 hours 4 minutes without a packet.
 const TCP_IDLE_US: u64 = 124 * 60 * 1_000_000;
@@ -30,12 +32,33 @@ pub(super) enum Protocol {
     Messages(Messages),
 }
 
+/// How a flow is treated, and what is needed for it.
+#[derive(Debug)]
+pub(super) enum Treated {
+    Compare,
+    Bypass,
+    Checkpoint,
+    Mask(Box<Masking>),
+}
+
+impl From<Treatment> for Treated {
+    fn from(treatment: Treatment) -> Self {
+        match treatment {
+            Treatment::Compare => Self::Compare,
+            Treatment::Bypass => Self::Bypass,
+            Treatment::Checkpoint => Self::Checkpoint,
+            Treatment::Mask(mask) => Self::Mask(Box::new(Masking::new(mask))),
+        }
+    }
+}
+
 /// One flow.
 #[derive(Debug)]
 pub(super) struct Flow {
     packed: PackedKey,
     pub(super) key: FlowKey,
     pub(super) protocol: Protocol,
+    pub(super) treated: Treated,
     /// The PVM's packets that wait, in order.
     pub(super) held: List,
     /// TCP: those that repeat what is settled and wait for the SVM's acknowledgment only, in order. Messages: those that
@@ -45,13 +68,15 @@ pub(super) struct Flow {
     pub(super) begins: bool,
     /// The streams differ: nothing leaves before the next commit.
     pub(super) stuck: bool,
+    /// How often that was so, or a packet waited too long.
+    pub(super) mismatches: u32,
     /// It has had a packet in this epoch.
     touched: bool,
     last_us: u64,
 }
 
 impl Flow {
-    fn new(key: FlowKey, now_us: u64) -> Self {
+    fn new(key: FlowKey, treatment: Treatment, now_us: u64) -> Self {
         Self {
             packed: PackedKey::from(&key),
             key,
@@ -60,10 +85,12 @@ impl Flow {
             } else {
                 Protocol::Messages(Messages::new(&key))
             },
+            treated: treatment.into(),
             held: List::of(Chain::Flow),
             aside: List::of(Chain::Flow),
             begins: false,
             stuck: false,
+            mismatches: 0,
             touched: false,
             last_us: now_us,
         }
@@ -97,6 +124,9 @@ impl Flow {
             Protocol::Tcp(tcp) => tcp.commit(),
             Protocol::Messages(messages) => messages.clear(),
         }
+        if let Treated::Mask(masking) = &mut self.treated {
+            masking.commit();
+        }
     }
 }
 
@@ -106,6 +136,7 @@ pub(super) struct Flows {
     places: HashTable<FlowId>,
     hasher: ahash::RandomState,
     flows: Slab<Flow>,
+    policy: Policy,
     /// The flow of the last packet: the next one is often of the same.
     last: Option<(PackedKey, FlowId)>,
     /// Flows that have had a packet in this epoch.
@@ -130,16 +161,22 @@ impl IndexMut<FlowId> for Flows {
 }
 
 impl Flows {
-    pub(super) fn new(flows_max: usize) -> Self {
+    pub(super) fn new(flows_max: usize, policy: Policy) -> Self {
         Self {
             places: HashTable::with_capacity(flows_max.min(PLACES_MAX)),
             hasher: ahash::RandomState::new(),
             flows: Slab::new(),
+            policy,
             last: None,
             touched: Vec::new(),
             hand: 0,
             flows_max,
         }
+    }
+
+    /// The rules by which flows are treated.
+    pub(super) fn policy(&self) -> &Policy {
+        &self.policy
     }
 
     pub(super) fn len(&self) -> usize {
@@ -170,7 +207,7 @@ impl Flows {
             Some(id) => id,
             None => {
                 self.make_room();
-                let id = self.flows.insert(Flow::new(*key, now_us)) as FlowId;
+                let id = self.flows.insert(Flow::new(*key, self.policy.of(key), now_us)) as FlowId;
                 let (flows, hasher) = (&self.flows, &self.hasher);
                 let hash = |id: &FlowId| hasher.hash_one(flows[*id as usize].packed);
                 self.places.insert_unique(hasher.hash_one(packed), id, hash);

@@ -38,6 +38,8 @@ pub(super) struct HeldPacket {
     pub(super) flow: FlowId,
     pub(super) packet: Packet,
     pub(super) frame: Output,
+    /// What is compared instead of the frame.
+    masked: Option<Box<[u8]>>,
     pub(super) since_us: u64,
     /// When it has waited too long, if it is in a list of those that may.
     pub(super) due_us: u64,
@@ -48,6 +50,17 @@ pub(super) struct HeldPacket {
     /// Its place in the order of everything that the PVM sent.
     pub(super) order: u64,
     links: [Link; CHAINS],
+}
+
+impl HeldPacket {
+    /// The frame, but for what a mask covers.
+    pub(super) fn compared(&self) -> &[u8] {
+        self.masked.as_deref().unwrap_or(&self.frame)
+    }
+
+    fn bytes(&self) -> usize {
+        self.frame.cost() + self.masked.as_ref().map_or(0, |masked| masked.len())
+    }
 }
 
 /// A doubly linked list of held packets.
@@ -115,6 +128,7 @@ impl HeldPackets {
             flow,
             packet,
             frame,
+            masked: None,
             since_us: now_us,
             due_us: 0,
             due: None,
@@ -127,6 +141,13 @@ impl HeldPackets {
         self.append(&mut all, id);
         self.all = all;
         id
+    }
+
+    /// The packet is compared as `masked`.
+    pub(super) fn mask(&mut self, id: HeldId, masked: Box<[u8]>) {
+        self.bytes += masked.len();
+        self.bytes_peak = self.bytes_peak.max(self.bytes);
+        self.get_mut(id).masked = Some(masked);
     }
 
     /// # Panics
@@ -194,7 +215,7 @@ impl HeldPackets {
         self.unlink(&mut all, id);
         self.all = all;
         let packet = self.packets.remove(id as usize);
-        self.bytes -= packet.frame.cost();
+        self.bytes -= packet.bytes();
         packet
     }
 }

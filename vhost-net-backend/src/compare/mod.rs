@@ -8,25 +8,31 @@ mod datagrams;
 mod flows;
 mod fragments;
 mod held;
+mod masking;
+mod mismatches;
 mod output;
 mod stats;
 mod stream;
 mod tcp;
 mod window;
 
+pub use mismatches::{Differing, Mismatch, ServiceCount};
 pub use stats::CompareStats;
 pub(crate) use tcp::is_refusal;
 
 use std::collections::VecDeque;
 
 use datagrams::essence;
-use flows::{FlowId, Flows, Protocol};
+use flows::{FlowId, Flows, Protocol, Treated};
 use fragments::Fragments;
 use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
+use masking::Sender;
+use mismatches::Mismatches;
 use output::Output;
-use tcp::{Difference, Verdict, Wait};
+use tcp::{Difference, TcpFlow, Verdict, Wait};
 
-use crate::packet::{Flags, FlowKey, Kind, Packet};
+use crate::packet::{Flags, FlowKey, Kind, Packet, Segment};
+use crate::policy::Policy;
 use crate::proxy::{Actions, Buffer, Cause};
 
 /// What the comparison keeps within. Times are in microseconds, like all times here.
@@ -82,6 +88,7 @@ pub struct Compare {
     /// A checkpoint has been asked for in this epoch.
     wanted: bool,
     suspended: bool,
+    mismatches: Mismatches,
     stats: CompareStats,
 }
 
@@ -90,6 +97,8 @@ pub struct Compare {
 enum Lane {
     InOrder,
     Aside,
+    /// As the first, and it does not matter how long.
+    ToCheckpoint,
 }
 
 const NORMAL: usize = 0;
@@ -97,10 +106,15 @@ const PATIENT: usize = 1;
 const DISPUTED: usize = 2;
 
 impl Compare {
-    /// Nothing is held, nothing is known.
+    /// Nothing is held, nothing is known, and every flow is compared.
     pub fn new(limits: Limits) -> Self {
+        Self::with_policy(limits, Policy::default())
+    }
+
+    /// The same, but flows are treated by these rules.
+    pub fn with_policy(limits: Limits, policy: Policy) -> Self {
         Self {
-            flows: Flows::new(limits.flows_max),
+            flows: Flows::new(limits.flows_max, policy),
             limits,
             held: HeldPackets::new(),
             fragments: Fragments::default(),
@@ -109,6 +123,7 @@ impl Compare {
             svm_bytes: 0,
             wanted: false,
             suspended: false,
+            mismatches: Mismatches::default(),
             stats: CompareStats::default(),
         }
     }
@@ -129,8 +144,25 @@ impl Compare {
             return;
         }
         let flow = &mut self.flows[id];
+        let masked = match &mut flow.treated {
+            Treated::Compare => None,
+            Treated::Bypass => {
+                if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (&mut flow.protocol, &packet.kind) {
+                    tcp.passed(segment, &frame);
+                }
+                leave(&mut flow.protocol, &packet, frame, false, actions);
+                self.stats.bypassed += 1;
+                return;
+            }
+            Treated::Checkpoint => {
+                self.hold(id, frame, packet, Lane::ToCheckpoint, now_us, actions);
+                return;
+            }
+            Treated::Mask(masking) => masking.masked(Sender::Pvm, &packet, &frame),
+        };
+        let compared = masked.as_deref().unwrap_or(&frame);
         let before = flow.cost();
-        let (mut leaves, mut lane, mut difference) = (false, Lane::InOrder, None);
+        let (mut leaves, mut lane, mut differs) = (false, Lane::InOrder, None);
         match (&mut flow.protocol, &packet.kind) {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) if !flow.stuck => {
                 let begins = tcp.begins(segment);
@@ -140,22 +172,24 @@ impl Compare {
                 flow.begins |= begins;
                 let first = match lane {
                     Lane::Aside => flow.aside.is_empty(),
-                    Lane::InOrder => flow.held.is_empty() && (flow.aside.is_empty() || !begins),
+                    _ => flow.held.is_empty() && (flow.aside.is_empty() || !begins),
                 };
                 if first {
-                    match tcp.judge(segment, &frame) {
+                    match tcp.judge(segment, compared) {
                         Verdict::Release => {
                             tcp.passed(segment, &frame);
                             leaves = true;
                         }
                         Verdict::Wait(_) => {}
-                        Verdict::Differ(what) => difference = Some(what),
+                        Verdict::Differ(difference) => {
+                            differs = Some(describe(difference, tcp, segment, compared));
+                        }
                     }
                 }
             }
             (Protocol::Tcp(_), _) => {}
             (Protocol::Messages(messages), _) => {
-                if messages.take(essence(&packet, &frame)) {
+                if messages.take(essence(&packet, compared)) {
                     leaves = flow.held.is_empty() || !messages.ordered;
                     lane = Lane::Aside;
                 }
@@ -168,11 +202,14 @@ impl Compare {
             self.stats.released_at_once += 1;
             return;
         }
-        if let Some(difference) = difference {
+        if let Some(how) = differs {
             flow.stuck = true;
-            self.mismatch(id, &describe(difference), actions);
+            self.mismatch(id, how, now_us, actions);
         }
-        self.hold(id, frame, packet, lane, now_us, actions);
+        let held = self.hold(id, frame, packet, lane, now_us, actions);
+        if let Some(masked) = masked {
+            self.held.mask(held, masked);
+        }
     }
 
     fn hold(
@@ -183,9 +220,10 @@ impl Compare {
         lane: Lane,
         now_us: u64,
         actions: &mut Actions,
-    ) {
+    ) -> HeldId {
         let flow = &mut self.flows[id];
         let patience = match (&packet.kind, &flow.protocol) {
+            _ if lane == Lane::ToCheckpoint => None,
             // it has been said and waits for those before it, which have their own time
             (_, Protocol::Messages(_)) if lane == Lane::Aside => None,
             (_, Protocol::Messages(messages)) if messages.repeatable() => Some(PATIENT),
@@ -194,14 +232,14 @@ impl Compare {
         };
         let held = self.held.push(id, packet, frame, now_us);
         match lane {
-            Lane::InOrder => self.held.append(&mut flow.held, held),
+            Lane::InOrder | Lane::ToCheckpoint => self.held.append(&mut flow.held, held),
             Lane::Aside => {
                 self.held.append(&mut flow.aside, held);
                 self.held.get_mut(held).aside = true;
             }
         }
         if self.wanted {
-            return;
+            return held;
         }
         match patience {
             Some(PATIENT) => self.await_due(PATIENT, held, now_us + self.limits.patient_us_max),
@@ -209,6 +247,7 @@ impl Compare {
             None => {}
         }
         self.want_within_limits(actions);
+        held
     }
 
     /// The packet will have waited too long then.
@@ -268,6 +307,15 @@ impl Compare {
             return;
         };
         let flow = &mut self.flows[id];
+        let masked = match &mut flow.treated {
+            Treated::Compare => None,
+            Treated::Bypass | Treated::Checkpoint => {
+                self.stats.svm_packets_unused += 1;
+                return;
+            }
+            Treated::Mask(masking) => masking.masked(Sender::Svm, &packet, frame),
+        };
+        let frame = masked.as_deref().unwrap_or(frame);
         let before = flow.cost();
         match (&mut flow.protocol, &packet.kind) {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) => {
@@ -324,8 +372,8 @@ impl Compare {
             loop {
                 let flow = &mut self.flows[id];
                 let next = match lane {
-                    Lane::InOrder => flow.held.first(),
                     Lane::Aside => flow.aside.first(),
+                    _ => flow.held.first(),
                 };
                 let (false, Some(waiting)) = (flow.stuck, next) else {
                     break;
@@ -340,20 +388,23 @@ impl Compare {
                     // they belong to the connection before
                     break;
                 }
-                let verdict = tcp.judge(segment, &held.frame);
-                if verdict == Verdict::Release {
-                    tcp.passed(segment, &held.frame);
+                let verdict = tcp.judge(segment, held.compared());
+                let mut differs = None;
+                match verdict {
+                    Verdict::Release => tcp.passed(segment, &held.frame),
+                    Verdict::Wait(_) => {}
+                    Verdict::Differ(how) => differs = Some(describe(how, tcp, segment, held.compared())),
                 }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
-                match verdict {
-                    Verdict::Release => self.release(waiting, now_us, actions),
-                    Verdict::Wait(_) => break,
-                    Verdict::Differ(difference) => {
-                        flow.stuck = true;
-                        self.mismatch(id, &describe(difference), actions);
-                        return;
-                    }
+                if let Some(how) = differs {
+                    flow.stuck = true;
+                    self.mismatch(id, how, now_us, actions);
+                    return;
                 }
+                if verdict != Verdict::Release {
+                    break;
+                }
+                self.release(waiting, now_us, actions);
             }
         }
         let flow = &mut self.flows[id];
@@ -386,7 +437,7 @@ impl Compare {
         while let Some(waiting) = next {
             next = self.held.next(Chain::Flow, waiting);
             let held = self.held.get(waiting);
-            if essence(&held.packet, &held.frame) != said {
+            if essence(&held.packet, held.compared()) != said {
                 continue;
             }
             found = true;
@@ -474,7 +525,12 @@ impl Compare {
 
     /// Drops all that is held.
     pub fn discard_all(&mut self) {
-        *self = Self { stats: std::mem::take(&mut self.stats), ..Self::new(self.limits.clone()) };
+        let emptied = Self::with_policy(self.limits.clone(), self.flows.policy().clone());
+        *self = Self {
+            stats: std::mem::take(&mut self.stats),
+            mismatches: std::mem::take(&mut self.mismatches),
+            ..emptied
+        };
     }
 
     /// Whether another packet of the PVM may come.
@@ -515,7 +571,7 @@ impl Compare {
                 && tcp.svm_alone_has_reset()
             {
                 let id = self.flows.get(&key, now_us);
-                self.mismatch(id, "the PVM goes on, the SVM resets", actions);
+                self.mismatch(id, "the PVM goes on, the SVM resets".into(), now_us, actions);
             }
         }
         self.flows.age(now_us);
@@ -535,33 +591,40 @@ impl Compare {
         let mut differs = None;
         match (&mut flow.protocol, &first.packet.kind) {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) => {
-                if let Verdict::Wait(wait) = tcp.judge(segment, &first.frame) {
+                if let Verdict::Wait(wait) = tcp.judge(segment, first.compared()) {
                     what = describe_wait(wait);
                 }
             }
             (Protocol::Messages(messages), _) => {
-                differs = messages.difference(essence(&held.packet, &held.frame));
+                differs = messages.difference(essence(&held.packet, held.compared()));
             }
             (Protocol::Tcp(_), _) => {}
         }
         self.svm_bytes = self.svm_bytes + flow.cost() - before;
-        if let Some((offset, pvm, svm)) = differs {
-            let byte =
-                |byte: Option<u8>| byte.map_or_else(|| "the end".to_owned(), |byte| format!("{byte:#04x}"));
-            let what = format!("offset {offset}: PVM {}, SVM {}", byte(pvm), byte(svm));
-            self.mismatch(flow_id, &what, actions);
+        if let Some(bytes) = differs {
+            self.mismatch(flow_id, How::in_bytes(bytes), now_us, actions);
             return;
         }
         self.stats.held_too_long += 1;
-        let detail = format!("{}: held for {} ms, waits for {what}", flow.key, waited_us / 1000);
-        self.want(Cause::HeldTooLong, detail, actions);
+        let how = format!("held for {} ms, waits for {what}", waited_us / 1000).into();
+        self.record(flow_id, Cause::HeldTooLong, how, now_us, actions);
     }
 
-    fn mismatch(&mut self, id: FlowId, what: &str, actions: &mut Actions) {
+    fn mismatch(&mut self, id: FlowId, how: How, now_us: u64, actions: &mut Actions) {
         self.stats.mismatches += 1;
-        let detail = format!("{}: {what}", self.flows[id].key);
-        self.stats.last_mismatch = Some(detail.clone());
-        self.want(Cause::Mismatch, detail, actions);
+        self.record(id, Cause::Mismatch, how, now_us, actions);
+    }
+
+    /// A flow goes on only with a checkpoint.
+    fn record(&mut self, id: FlowId, cause: Cause, how: How, now_us: u64, actions: &mut Actions) {
+        let flow = &mut self.flows[id];
+        flow.mismatches = flow.mismatches.saturating_add(1);
+        let How { what, bytes } = how;
+        let name = flow.key.to_string();
+        let detail = format!("{name}: {what}");
+        let mismatch = Mismatch { at_us: now_us, cause, flow: name, count: flow.mismatches, what, bytes };
+        self.mismatches.add(&flow.key, mismatch);
+        self.want(cause, detail, actions);
     }
 
     fn want(&mut self, cause: Cause, detail: String, actions: &mut Actions) {
@@ -580,6 +643,8 @@ impl Compare {
             held_bytes_peak: self.held.bytes_peak(),
             svm_bytes: self.svm_bytes,
             flows: self.flows.len(),
+            recent_mismatches: self.mismatches.recent(),
+            mismatches_by_service: self.mismatches.services(),
             ..self.stats.clone()
         }
     }
@@ -597,11 +662,33 @@ fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Output, clamp: boo
     frame.leave(actions);
 }
 
-fn describe(difference: Difference) -> String {
+/// How two packets differ.
+struct How {
+    what: String,
+    bytes: Option<Differing>,
+}
+
+impl<T: Into<String>> From<T> for How {
+    fn from(what: T) -> Self {
+        Self { what: what.into(), bytes: None }
+    }
+}
+
+impl How {
+    fn in_bytes(bytes: Differing) -> Self {
+        Self { what: bytes.describe(), bytes: Some(bytes) }
+    }
+}
+
+/// How the segment, which was judged so, differs from what the SVM says.
+fn describe(difference: Difference, tcp: &mut TcpFlow, segment: &Segment, compared: &[u8]) -> How {
     match difference {
-        Difference::Byte { offset, pvm, svm } => format!("offset {offset}: PVM {pvm:#04x}, SVM {svm:#04x}"),
-        Difference::Event { pvm, svm } => format!("the PVM {pvm}, the SVM {svm}"),
-        Difference::Options { pvm, svm } => format!("options of the SYN: PVM {pvm:?}, SVM {svm:?}"),
+        Difference::Byte { offset, pvm, svm } => How {
+            what: format!("offset {offset}: PVM {pvm:#04x}, SVM {svm:#04x}"),
+            bytes: Some(tcp.differing(segment, compared, offset)),
+        },
+        Difference::Event { pvm, svm } => format!("the PVM {pvm}, the SVM {svm}").into(),
+        Difference::Options { pvm, svm } => format!("options of the SYN: PVM {pvm:?}, SVM {svm:?}").into(),
     }
 }
 

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::mismatches::{Mismatch, ServiceCount};
 use crate::proxy::Cause;
 
 /// What the comparison has done, and what it holds.
@@ -21,6 +22,10 @@ pub struct CompareStats {
     pub released_by_match: u64,
     /// Packets of the PVM that left because a checkpoint was committed.
     pub released_by_commit: u64,
+    /// Packets of the PVM that left at once and uncompared, as the policy has it.
+    pub bypassed: u64,
+    /// Packets of the SVM that the policy has no use for.
+    pub svm_packets_unused: u64,
     /// Acknowledgments made here, to open a window that had been narrowed.
     pub windows_reopened: u64,
     /// How long those released by a match had waited, together, in microseconds.
@@ -41,8 +46,10 @@ pub struct CompareStats {
     pub mismatches: u64,
     /// Times when a packet waited too long.
     pub held_too_long: u64,
-    /// The flow and the bytes of the last mismatch.
-    pub last_mismatch: Option<String>,
+    /// The last mismatches and packets that waited too long, newest first.
+    pub recent_mismatches: Vec<Mismatch>,
+    /// How often those happened to the flows of one service; those with most first.
+    pub mismatches_by_service: Vec<ServiceCount>,
     /// How often a checkpoint was asked for.
     pub checkpoints_wanted: BTreeMap<Cause, u64>,
 }

@@ -71,6 +71,12 @@ impl Ranges {
         }
     }
 
+    /// The stretches of `start..end` that are in the set.
+    pub(super) fn within(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+        let cut = move |range: &(u64, u64)| (range.0.max(start), range.1.min(end));
+        self.0.iter().map(cut).filter(|(start, end)| start < end)
+    }
+
     /// The first stretch of `start..end` that is not in the set.
     pub(super) fn first_gap(&self, start: u64, end: u64) -> Option<(u64, u64)> {
         let next = match &self.0[..] {
@@ -191,6 +197,21 @@ impl Store {
         if done == bytes.len() { Agreement::Whole } else { Agreement::Until(done) }
     }
 
+    /// The bytes that stand next to each other from `start` on, at most so many.
+    pub(super) fn copy(&self, start: u64, bytes_max: usize) -> Vec<u8> {
+        let first = self.chunks.partition_point(|chunk| chunk.end() <= start);
+        let mut copy = Vec::new();
+        for chunk in self.chunks.range(first..) {
+            let position = start + copy.len() as u64;
+            if chunk.first() > position || copy.len() == bytes_max {
+                break;
+            }
+            let bytes = &chunk.bytes[(position - chunk.start) as usize..];
+            copy.extend_from_slice(&bytes[..bytes.len().min(bytes_max - copy.len())]);
+        }
+        copy
+    }
+
     /// Takes the bytes in `start..end` out.
     pub(super) fn remove(&mut self, start: u64, end: u64) {
         if self.chunks.is_empty() {
@@ -264,6 +285,8 @@ mod tests {
                 (first, (first..end).find(|position| model.contains(position)).unwrap_or(end))
             });
             prop_assert_eq!(set.first_gap(start, end), gap);
+            let within: Vec<u64> = set.within(start, end).flat_map(|(start, end)| start..end).collect();
+            prop_assert_eq!(within, model.range(start..end).copied().collect::<Vec<_>>());
         }
 
         #[test]
@@ -300,6 +323,8 @@ mod tests {
                 break;
             }
             prop_assert_eq!(store.agreement(asked.0, &asked.1), expected);
+            let there: Vec<u8> = (asked.0..asked.0 + 9).map_while(|position| model.get(&position).copied()).collect();
+            prop_assert_eq!(store.copy(asked.0, 9), there);
         }
     }
 }

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 
 use super::held::HeldPacket;
+use super::mismatches::{BYTES_SHOWN, Differing};
 use super::stream::{Agreement, Anchor, Ranges, Store};
 use super::window::Window;
 use crate::packet::{Flags, Kind, Packet, Segment, SynOptions};
@@ -245,7 +246,7 @@ impl TcpFlow {
                 pvm = match &held.packet.kind {
                     Kind::Tcp { segment, .. } if !self.begins(segment) => {
                         let at = self.svm.anchor.place(data_seq(segment));
-                        let data = &held.frame[segment.payload.clone()];
+                        let data = &held.compared()[segment.payload.clone()];
                         Some((at, at + data.len() as u64, data))
                     }
                     // another connection
@@ -420,6 +421,21 @@ impl TcpFlow {
         match self.isn {
             Some(isn) => u64::from((position as u32).wrapping_sub(isn).wrapping_sub(1)),
             None => position & u64::from(u32::MAX),
+        }
+    }
+
+    /// What the SVM says where the segment, which is judged to differ by a byte, differs.
+    pub(super) fn differing(&mut self, segment: &Segment, frame: &[u8], offset: u64) -> Differing {
+        let data = &frame[segment.payload.clone()];
+        let start = self.svm.anchor.place(data_seq(segment));
+        let end = start + data.len() as u64;
+        match self.settled.first_gap(start, end) {
+            Some((first, _)) if !self.begins(segment) => {
+                let svm = self.svm.store.copy(first, BYTES_SHOWN);
+                Differing::at(offset, (first - start) as usize, data, &svm)
+            }
+            // data of a SYN, which has no others around it
+            _ => Differing::at(offset, offset as usize, data, &[]),
         }
     }
 

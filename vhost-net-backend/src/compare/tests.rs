@@ -6,6 +6,7 @@ use etherparse::TcpOptionElement;
 use proptest::prelude::*;
 
 use super::*;
+use crate::policy::{Mask, Treatment, pattern};
 use crate::test_frames::{Done, Tcp, arp, carry_out, fragments, other, put_together, read, udp};
 
 /// A comparison with a clock.
@@ -18,6 +19,11 @@ struct Bench {
 impl Bench {
     fn new(limits: Limits) -> Self {
         Self { compare: Compare::new(limits), actions: Actions::new(), now_us: 1 }
+    }
+
+    fn with_policy(limits: Limits, json: &str) -> Self {
+        let compare = Compare::with_policy(limits, json.parse().unwrap());
+        Self { compare, ..Self::new(Limits::default()) }
     }
 
     fn pvm(&mut self, frame: &[u8]) -> Done {
@@ -419,6 +425,168 @@ fn the_shift_of_a_connection_that_the_guest_opens_is_known_from_the_answer() {
     }
 }
 
+#[test]
+fn what_differed_is_remembered_with_its_bytes_and_counted() {
+    let mut bench = bench();
+    bench.after_us(6);
+    bench.svm(&udp(9, b"answer 17 of 40"));
+    bench.pvm(&udp(9, b"answer 18"));
+    bench.after_us(100_000);
+    bench.commit();
+    bench.svm(&data(100, b"0123456789abcdefghXjk"));
+    bench.pvm(&data(100, b"0123456789abcdef"));
+    bench.pvm(&data(116, b"ghijk"));
+    assert_eq!(bench.compare.stats().mismatches, 2);
+    bench.commit();
+    // this time it is found when the SVM's bytes come
+    bench.pvm(&data(200, b"no"));
+    bench.svm(&data(200, b"na"));
+    bench.commit();
+    bench.pvm(&Tcp { seq: 300, rst: true, ..Tcp::default() }.frame());
+    bench.after_us(200_000);
+    let stats = bench.compare.stats();
+    let told: Vec<(u64, Cause, u32, &str)> = stats
+        .recent_mismatches
+        .iter()
+        .map(|one| (one.at_us, one.cause, one.count, one.what.as_str()))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (300_007, Cause::HeldTooLong, 3, "held for 200 ms, waits for the SVM's RST"),
+            (100_007, Cause::Mismatch, 2, "offset 201: PVM 0x6f, SVM 0x61"),
+            (100_007, Cause::Mismatch, 1, "offset 118: PVM 0x69, SVM 0x58"),
+            (100_007, Cause::Mismatch, 1, "offset 8: PVM 0x38, SVM 0x37"),
+        ]
+    );
+    let bytes =
+        |index: usize| serde_json::to_value(&stats.recent_mismatches[index]).unwrap()["bytes"].clone();
+    assert!(bytes(0).is_null());
+    assert_eq!(bytes(1), serde_json::json!({"offset": 201, "before": "6e", "pvm": "6f", "svm": "61"}));
+    assert_eq!(stats.recent_mismatches[2].bytes.as_ref().unwrap().svm, b"Xjk");
+    let answers = stats.recent_mismatches[3].bytes.as_ref().unwrap();
+    assert_eq!(
+        (&answers.before[..], &answers.pvm[..], &answers.svm[..]),
+        (&b"answer 1"[..], &b"8"[..], &b"7 of 40"[..])
+    );
+    let services: Vec<(&str, u64)> =
+        stats.mismatches_by_service.iter().map(|one| (one.service.as_str(), one.count)).collect();
+    assert_eq!(services, [("tcp guest 10.0.0.9:6379", 3), ("udp remote 10.0.0.1:9", 1)]);
+}
+
+#[test]
+fn a_bypassed_flow_leaves_at_once_until_the_peer_is_lost() {
+    let rules = r#"[{"protocol": "tcp", "guest_port": 6379, "action": "bypass"},
+        {"protocol": "udp", "remote_port": 9, "action": "bypass"}]"#;
+    let mut bench = Bench::with_policy(Limits::default(), rules);
+    let syn = Tcp { seq: 99, ack: Some(1), syn: true, ..Tcp::default() }.frame();
+    let flow = Packet::parse(&syn).flow_from_guest(&syn);
+    assert_eq!(bench.svm(&data(100, b"other")), nothing());
+    for frame in [&syn, &data(100, b"this"), &ack(70), &udp(9, b"this")] {
+        assert_eq!(bench.pvm(frame), leaves(&[frame]));
+    }
+    // the rewriter is told only once
+    assert!(bench.compare.has_seen_begin(&flow, 99));
+    assert_eq!(bench.svm(&udp(9, b"other")), nothing());
+    assert_eq!(bench.svm(&Tcp { seq: 9, rst: true, ..Tcp::default() }.frame()), nothing());
+    assert_eq!(bench.pvm(&udp(8, b"this")), nothing());
+    assert_eq!(bench.compare.stats().svm_bytes, 0);
+    assert_eq!((bench.compare.stats().bypassed, bench.compare.stats().svm_packets_unused), (4, 3));
+    assert_eq!(bench.compare.next_deadline(), Some(100_001));
+    assert_eq!(bench.commit(), leaves(&[&udp(8, b"this")]));
+    // rule 3 holds for every flow
+    bench.compare.suspend();
+    assert_eq!(bench.pvm(&udp(9, b"late")), nothing());
+    assert_eq!(bench.pvm(&data(104, b"late")), nothing());
+    assert_eq!(bench.commit(), leaves(&[&udp(9, b"late"), &data(104, b"late")]));
+}
+
+#[test]
+fn a_flow_that_waits_for_checkpoints_asks_for_none() {
+    let rules =
+        r#"[{"protocol": "udp", "action": "checkpoint"}, {"protocol": "tcp", "action": "checkpoint"}]"#;
+    let limits = Limits { held_bytes_max: 500, ..Limits::default() };
+    let mut bench = Bench::with_policy(limits, rules);
+    let syn = Tcp { seq: 99, syn: true, ..Tcp::default() }.frame();
+    let flow = Packet::parse(&syn).flow_from_guest(&syn);
+    assert_eq!(bench.pvm(&udp(1, b"a")), nothing());
+    assert_eq!(bench.pvm(&syn), nothing());
+    assert!(bench.compare.has_seen_begin(&flow, 99));
+    assert_eq!(bench.pvm(&udp(1, b"b")), nothing());
+    assert_eq!(bench.svm(&udp(1, b"a")), nothing());
+    assert_eq!(bench.svm(&udp(1, b"c")), nothing());
+    assert_eq!(bench.svm(&syn), nothing());
+    assert_eq!(bench.compare.next_deadline(), None);
+    assert_eq!(bench.after_us(60_000_000), nothing());
+    // one that is compared is no slower for it
+    assert_eq!(bench.pvm(&arp(1)), nothing());
+    assert_eq!(bench.svm(&arp(1)), leaves(&[&arp(1)]));
+    assert_eq!(bench.commit(), leaves(&[&udp(1, b"a"), &syn, &udp(1, b"b")]));
+    assert_eq!(bench.compare.stats().svm_packets_unused, 3);
+    // but memory is memory
+    let done = bench.pvm(&udp(1, &[0; 600]));
+    assert_eq!(done.wanted.iter().map(|wish| wish.0).collect::<Vec<_>>(), [Cause::HeldBytes]);
+}
+
+const DATES: &str = r#"[{"protocol": "tcp", "action": "mask",
+    "mask": [{"prefix": "Date: ", "until": "\r\n", "max": 10}]}]"#;
+
+#[test]
+fn masked_bytes_may_differ_and_nothing_else() {
+    let mut bench = Bench::with_policy(Limits::default(), DATES);
+    let pvm = b"Date: 12:00\r\nlength 7\r\n";
+    assert_eq!(bench.pvm(&data(100, &pvm[..9])), nothing());
+    assert_eq!(bench.svm(&data(100, b"Da")), nothing());
+    assert_eq!(bench.svm(&data(102, b"te: 1")), nothing());
+    assert_eq!(bench.svm(&data(107, b"3:5")), leaves(&[&data(100, &pvm[..9])]));
+    // the beginning again, with the mask that it had
+    assert_eq!(bench.svm(&data(100, b"Date: 13:59\r\nle")), nothing());
+    assert_eq!(bench.pvm(&data(100, pvm)), nothing());
+    assert_eq!(bench.svm(&data(115, b"ngth 7\r\n")), leaves(&[&data(100, pvm)]));
+    assert_eq!(bench.compare.stats().svm_bytes, 0);
+    // a checkpoint in the middle of a mask: the SVM goes on where the PVM was
+    bench.pvm(&data(123, b"Date: 14"));
+    assert_eq!(bench.commit(), leaves(&[&data(123, b"Date: 14")]));
+    assert_eq!(bench.pvm(&data(131, b":00\r\n")), nothing());
+    assert_eq!(bench.svm(&data(131, b":01\r\n")), leaves(&[&data(131, b":00\r\n")]));
+    assert_eq!(bench.compare.stats().mismatches, 0);
+    // another number of bytes
+    bench.svm(&data(136, b"Date: 9:59\r\n"));
+    let done = bench.pvm(&data(136, b"Date: 10:00\r\n"));
+    assert_eq!(done.to_lan.len(), 0);
+    let stats = bench.compare.stats();
+    let bytes = stats.recent_mismatches[0].bytes.as_ref().unwrap();
+    assert_eq!(
+        (&bytes.before[..], &bytes.pvm[..], &bytes.svm[..]),
+        (&b"Date: ****"[..], &b"*\r\n"[..], &b"\r\n"[..])
+    );
+    assert_eq!(bench.commit().to_lan.len(), 1);
+    assert_eq!(bench.compare.stats().held_bytes, 0);
+    // the same connection's flow anew: the mask begins anew too
+    let syn = Tcp { seq: 5, ack: Some(1), syn: true, data: b"Date: 1", ..Tcp::default() }.frame();
+    let theirs = Tcp { seq: 5, ack: Some(1), syn: true, data: b"Date: 2", ..Tcp::default() }.frame();
+    assert_eq!(bench.pvm(&syn), nothing());
+    assert_eq!(bench.svm(&theirs), leaves(&[&syn]));
+    assert_eq!(bench.pvm(&data(13, b"34\r\nx")), nothing());
+    assert_eq!(bench.svm(&data(13, b"56\r\nx")), leaves(&[&data(13, b"34\r\nx")]));
+}
+
+#[test]
+fn masked_bytes_of_a_datagram_stand_at_their_places() {
+    let rules = r#"[{"protocol": "udp", "action": "mask", "mask": [{"offset": 2, "length": 2}]}]"#;
+    let mut bench = Bench::with_policy(Limits::default(), rules);
+    assert_eq!(bench.pvm(&udp(1, b"id17 yes")), nothing());
+    assert_eq!(bench.svm(&udp(1, b"id23 yes")), leaves(&[&udp(1, b"id17 yes")]));
+    assert_eq!(bench.svm(&udp(1, b"id25 yes")), nothing());
+    assert_eq!(bench.pvm(&udp(1, b"id18 yes")), leaves(&[&udp(1, b"id18 yes")]));
+    assert_eq!(bench.compare.stats().svm_bytes, 0);
+    bench.svm(&udp(1, b"id25 no"));
+    bench.pvm(&udp(1, b"id19 yes"));
+    assert_eq!(bench.after_us(100_000).wanted[0].0, Cause::Mismatch);
+    assert_eq!(bench.commit(), leaves(&[&udp(1, b"id19 yes")]));
+    assert_eq!(bench.compare.stats().held_bytes, 0);
+}
+
 /// A byte of the guest's stream: anything that tells positions apart.
 fn byte(position: u64) -> u8 {
     (position.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
@@ -666,6 +834,86 @@ proptest! {
     }
 
     #[test]
+    fn a_masked_stream_leaves_as_if_it_were_one_segment(
+        patterns in prop::collection::vec(pattern(), 1..4),
+        pvm in "[abc]{1,60}",
+        changes in prop::collection::vec((any::<prop::sample::Index>(), b'a'..=b'd'), 0..4),
+        opened in any::<bool>(),
+        isn in prop_oneof![Just(99), (u32::MAX - 60)..=u32::MAX],
+        // who speaks, how much, and from how far back
+        steps in prop::collection::vec((any::<bool>(), 0usize..9, 0usize..6), 0..60),
+    ) {
+        let mut svm = pvm.clone().into_bytes();
+        for (at, byte) in changes {
+            let at = at.index(svm.len());
+            svm[at] = byte;
+        }
+        let pvm = pvm.into_bytes();
+        let mask = std::sync::Arc::new(Mask::new(&patterns));
+        let whole = |stream: &[u8]| {
+            let mut out = stream.to_vec();
+            let start = opened.then_some(0);
+            mask.cover(&mut Default::default(), start, stream, |range| out[range].fill(mask.fill()));
+            out
+        };
+        let (pvm_masked, svm_masked) = (whole(&pvm), whole(&svm));
+        let differs_at = pvm_masked.iter().zip(&svm_masked).position(|(a, b)| a != b);
+
+        let limits = Limits { clamp_windows: false, ..Limits::default() };
+        let policy = Policy::of_all(&Treatment::Mask(mask));
+        let mut bench = Bench { compare: Compare::with_policy(limits, policy), ..bench() };
+        if opened {
+            let syn = Tcp { seq: isn, ack: Some(1), syn: true, ..Tcp::default() }.frame();
+            bench.pvm(&syn);
+            bench.svm(&syn);
+        }
+        let frame = |stream: &[u8], from: usize, to: usize| {
+            data(isn.wrapping_add(1 + from as u32), &stream[from..to])
+        };
+        let mut left: Vec<usize> = Vec::new();
+        let mut sent = Vec::new();
+        let mut wanted = Vec::new();
+        let mut next = [0_usize; 2];
+        let all = [(true, 60, 0), (false, 60, 0)];
+        for (by_pvm, bytes, back) in steps.into_iter().chain(all) {
+            let (stream, next) = if by_pvm { (&pvm, &mut next[0]) } else { (&svm, &mut next[1]) };
+            let from = next.saturating_sub(back);
+            let to = (from + bytes).min(stream.len());
+            *next = to.max(*next);
+            if from == to {
+                continue;
+            }
+            let done = if by_pvm {
+                sent.push((from, to));
+                bench.pvm(&frame(stream, from, to))
+            } else {
+                bench.svm(&frame(stream, from, to))
+            };
+            for left_frame in done.to_lan {
+                let seen = read(&left_frame);
+                left.push(seen.seq.wrapping_sub(isn.wrapping_add(1)) as usize + seen.data.len());
+            }
+            wanted.extend(done.wanted.into_iter().map(|wish| wish.0));
+        }
+        match differs_at {
+            None => {
+                prop_assert_eq!(wanted, []);
+                prop_assert_eq!(left.len(), sent.len());
+            }
+            Some(at) => {
+                prop_assert_eq!(wanted, [Cause::Mismatch]);
+                prop_assert!(left.iter().all(|end| *end <= at), "{:?} left, {} differs", left, at);
+                // in order, all before it
+                let before = sent.iter().take_while(|(_, end)| *end <= at).count();
+                prop_assert!(left.len() >= before, "{} of {} left", left.len(), before);
+            }
+        }
+        bench.commit();
+        prop_assert_eq!(bench.compare.stats().svm_bytes, 0);
+        prop_assert_eq!(bench.compare.stats().held_bytes, 0);
+    }
+
+    #[test]
     fn a_datagram_leaves_for_each_that_the_svm_sends(
         steps in prop::collection::vec((any::<bool>(), 0u8..3, 0u8..5), 1..150),
         commit_at in prop::collection::vec(any::<prop::sample::Index>(), 0..3),
@@ -720,13 +968,20 @@ proptest! {
     fn no_frames_make_it_panic_and_none_is_lost(
         frames in prop::collection::vec((any::<bool>(), crate::packet::tests::frame_like(), 0u64..200_000), 1..60),
         limits in (0usize..3000, 0usize..3000, 1usize..6),
+        treatment in prop_oneof![
+            Just(Treatment::Compare),
+            Just(Treatment::Bypass),
+            Just(Treatment::Checkpoint),
+            prop::collection::vec(pattern(), 1..3).prop_map(|patterns| Treatment::Mask(Mask::new(&patterns).into())),
+        ],
     ) {
-        let mut bench = Bench::new(Limits {
+        let limits = Limits {
             held_bytes_max: limits.0,
             svm_bytes_max: limits.1,
             flows_max: limits.2,
             ..Limits::default()
-        });
+        };
+        let mut bench = Bench { compare: Compare::with_policy(limits, Policy::of_all(&treatment)), ..bench() };
         let (mut sent, mut left) = (0, 0);
         for (pvm, frame, us) in frames {
             let done = if pvm {

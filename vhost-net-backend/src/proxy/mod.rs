@@ -25,6 +25,8 @@ pub struct Config {
     pub compare: crate::compare::Limits,
     /// Limits of the secondary's rewriter.
     pub rewrite: crate::rewrite::Limits,
+    /// How single flows are treated.
+    pub policy: crate::policy::Policy,
 }
 
 /// An order that does not fit what goes on. The controller and this side have lost each other.

@@ -51,7 +51,7 @@ impl Primary {
             mode: Mode::Protected,
             epoch,
             marked: false,
-            compare: Compare::new(config.compare.clone()),
+            compare: Compare::with_policy(config.compare.clone(), config.policy.clone()),
             early: VecDeque::new(),
             early_bytes: 0,
             early_bytes_max: config.compare.svm_bytes_max,
