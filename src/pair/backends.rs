@@ -140,6 +140,7 @@ fn net_process(config: &Config, node: &NodeConfig, card: usize) -> Process {
     process.arg("--poll-us").arg(config.net.poll_us.to_string());
     process.arg("--held-ms-max").arg(config.checkpoint.held_ms_max.to_string());
     process.arg("--held-bytes-max").arg(config.checkpoint.held_bytes_max.to_string());
+    process.arg("--digest").arg(config.net.digest.name());
     if let Some(core) = node.net_core.get(card) {
         process.arg("--core").arg(core.to_string());
     }
