@@ -103,7 +103,7 @@ impl Pending {
 
     /// Whether a piece reaches beyond this position.
     pub(super) fn reaches_beyond(&self, position: u64) -> bool {
-        self.0.iter().any(|piece| piece.end() > position)
+        self.0.back().is_some_and(|piece| piece.end() > position)
     }
 
     /// Adds a piece; one that is here already stays as it is.
@@ -184,5 +184,93 @@ impl Piece {
         let asked = self.state == State::Asked;
         self.state = State::Asked;
         Finding::Bytes { end: self.end(), asked }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> Box<Key> {
+        Key::new(0x0fed_cba9_8765_4321).unwrap()
+    }
+
+    fn byte(position: u64) -> u8 {
+        (position * 7 % 251) as u8
+    }
+
+    fn bytes(from: u64, to: u64) -> Vec<u8> {
+        (from..to).map(byte).collect()
+    }
+
+    fn pending(pieces: &[(u64, u64)]) -> Pending {
+        let mut pending = Pending::default();
+        for (start, end) in pieces {
+            let digest = key().digest(*start as u32, &bytes(*start, *end));
+            pending.insert(*start, (end - start) as u16, digest);
+        }
+        pending
+    }
+
+    fn compare(pending: &mut Pending, position: u64, said: &[(u64, u64, bool)]) -> Finding {
+        let said: Vec<_> = said.iter().map(|(from, to, push)| (*from, bytes(*from, *to), *push)).collect();
+        let said = said.iter().map(|(at, bytes, push)| Said { at: *at, bytes, push: *push });
+        pending.compare(position, &key(), &said)
+    }
+
+    #[test]
+    fn a_piece_is_compared_when_all_of_it_is_said() {
+        let mut pending = pending(&[(1001, 1100), (1100, 1200)]);
+        assert_eq!(compare(&mut pending, 1000, &[(1000, 1001, false)]), Finding::Nothing);
+        let soon = Finding::Short { end: 1100, remedy: Some(Remedy::AskSoon) };
+        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050, false)]), soon);
+        let quiet = Finding::Short { end: 1100, remedy: None };
+        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050, false), (1060, 1099, true)]), quiet, "a hole");
+        let now = Finding::Short { end: 1100, remedy: Some(Remedy::AskNow) };
+        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050, false), (1050, 1060, true)]), now);
+        assert_eq!(pending.ask_now(1001), None, "it has been");
+        // what was seen once need not be said again
+        assert_eq!(compare(&mut pending, 1001, &[(1060, 1200, false)]), Finding::Same(1100));
+        assert_eq!(compare(&mut pending, 1100, &[(1060, 1200, false)]), Finding::Same(1200));
+        let mut settled = Ranges::default();
+        settled.insert(1001, 1150);
+        pending.remove_settled(&settled);
+        assert!(pending.cost() > 0 && pending.reaches_beyond(1199) && !pending.reaches_beyond(1200));
+        settled.insert(1150, 1200);
+        pending.remove_settled(&settled);
+        assert_eq!(pending.cost(), 0);
+    }
+
+    #[test]
+    fn what_does_not_go_on_is_asked_for_once() {
+        let mut pending = pending(&[(0, 100)]);
+        assert_eq!(pending.ask_now(0), None, "nobody waits for it");
+        compare(&mut pending, 0, &[(0, 50, false)]);
+        assert_eq!(pending.ask_now(0), Some(100));
+        assert_eq!(pending.ask_now(0), None);
+        assert_eq!(compare(&mut pending, 0, &[(0, 50, true)]), Finding::Short { end: 100, remedy: None });
+    }
+
+    #[test]
+    fn of_pieces_that_overlap_the_one_that_is_said_counts() {
+        // in any order, and each once
+        let mut pending = pending(&[(100, 200), (0, 150), (0, 100), (0, 150)]);
+        assert_eq!(pending.0.len(), 3);
+        assert_eq!(compare(&mut pending, 0, &[(0, 120, false)]), Finding::Same(100));
+        let mut settled = Ranges::default();
+        settled.insert(0, 100);
+        pending.remove_settled(&settled);
+        assert_eq!(compare(&mut pending, 100, &[(100, 200, false)]), Finding::Same(200));
+        settled.insert(100, 120);
+        let begun = Finding::Bytes { end: 200, asked: false };
+        assert_eq!(compare(&mut pending, 120, &[(100, 200, false)]), begun, "its beginning has gone");
+    }
+
+    #[test]
+    fn bytes_that_differ_are_asked_for_once() {
+        let mut pending = Pending::default();
+        pending.insert(0, 100, 12345);
+        assert_eq!(compare(&mut pending, 0, &[(0, 100, false)]), Finding::Bytes { end: 100, asked: false });
+        assert_eq!(compare(&mut pending, 0, &[(0, 100, false)]), Finding::Bytes { end: 100, asked: true });
     }
 }
