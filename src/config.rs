@@ -3,6 +3,7 @@
 //! `tuning/example.toml` is the commented example.
 
 mod disk;
+mod net;
 pub mod policy;
 mod several;
 
@@ -14,7 +15,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub use self::disk::{CacheMode, DiskConfig};
-use self::policy::PolicyRule;
+pub use self::net::{DigestMode, NetConfig};
 use self::several::several;
 
 /// NICs that a VM may have.
@@ -166,18 +167,6 @@ pub struct CheckpointConfig {
     pub limit_ms: u64,
 }
 
-/// The network device.
-#[derive(Clone, Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct NetConfig {
-    /// The back end's program.
-    pub program: PathBuf,
-    /// How long its worker polls before it sleeps, in microseconds.
-    pub poll_us: u64,
-    /// Rules for single flows. The first that fits counts.
-    pub policy: Vec<PolicyRule>,
-}
-
 /// One of the two hosts.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -219,12 +208,6 @@ impl Default for HeartbeatConfig {
 impl Default for CheckpointConfig {
     fn default() -> Self {
         Self { interval_ms: 10_000, held_ms_max: 100, held_bytes_max: 16 << 20, limit_ms: 10_000 }
-    }
-}
-
-impl Default for NetConfig {
-    fn default() -> Self {
-        Self { program: "vhost-net-backend".into(), poll_us: 20, policy: Vec::new() }
     }
 }
 
@@ -469,6 +452,7 @@ mod tests {
             ("# serial = \"\"", "serial = \"a b\"", "disk.serial"),
             ("# cache = \"writeback\"", "cache = \"none\"", "expected `writeback` or `writethrough`"),
             ("# block_size = 512", "block_size = 1024", "use 512 or 4096"),
+            ("# digest = \"auto\"", "digest = \"yes\"", "expected one of `auto`, `on`, `off`"),
             ("# queues = 1", "queues = 65", "disk.queues"),
             ("# queues = 1", "queues = 0", "disk.queues"),
             ("# workers = 0", "workers = 2", "disk.workers"),

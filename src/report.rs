@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde_json::Value;
 
 /// What is told of the network back end: a name, and where it stands in its status. Each half has some of them.
-const NET: [(&str, &str); 10] = [
+const NET: [(&str, &str); 12] = [
     ("phase", "/pair/phase"),
     ("packets mirrored", "/pair/proxy/mirrored_packets"),
     ("compared", "/pair/proxy/compare/pvm_packets"),
@@ -14,6 +14,8 @@ const NET: [(&str, &str); 10] = [
     ("released by a match", "/pair/proxy/compare/released_by_match"),
     ("released by a checkpoint", "/pair/proxy/compare/released_by_commit"),
     ("bytes held", "/pair/proxy/compare/held_bytes"),
+    ("digests", "/pair/proxy/compare/digests"),
+    ("asked for bytes", "/pair/proxy/compare/asked"),
     ("connections rewritten", "/pair/proxy/rewrite/connections"),
     ("packets of the SVM", "/pair/proxy/svm_packets"),
 ];
@@ -96,6 +98,14 @@ pub(crate) fn status(value: &Value) -> String {
             let service = count["service"].as_str().unwrap_or("?");
             line("differ most", format!("{service}: {} times", count["count"]));
         }
+        let figure = |at: &str| card.pointer(at).and_then(Value::as_u64);
+        if let (Some(output), Some(link)) =
+            (figure("/pair/proxy/digest/output_bytes"), figure("/pair/proxy/digest/link_bytes"))
+            && output > 0
+        {
+            let percent = link as f64 * 100.0 / output as f64;
+            line("link", format!("{link} bytes for {output} of the SVM's output, {percent:.1} %"));
+        }
     }
     out
 }
@@ -148,7 +158,8 @@ mod tests {
         let full = serde_json::json!({
             "vm": "web", "node": "a", "peer": "b", "role": "primary", "state": "protected", "generation": 1, "epoch": 4,
             "checkpoints": {"by_cause": {"start": 1, "mismatch": 3}, "latest": [{"pause_us": 7, "pages": 9}]},
-            "net": [{"pair": {"proxy": {"mirrored_packets": 5, "compare": {"bypassed": 6}}}}], "block": {"error": "gone"}, "failover": null,
+            "net": [{"pair": {"proxy": {"mirrored_packets": 5, "compare": {"bypassed": 6},
+                "digest": {"output_bytes": 200, "link_bytes": 7}}}}], "block": {"error": "gone"}, "failover": null,
         });
         let shown = status(&full);
         for part in [
@@ -159,6 +170,7 @@ mod tests {
             "packets mirrored 5",
             "gone",
             "bypassed 6",
+            "3.5 %",
         ] {
             assert!(shown.contains(part), "{shown}");
         }

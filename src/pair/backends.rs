@@ -143,6 +143,7 @@ fn net_process(config: &Config, node: &NodeConfig, card: usize) -> Process {
     if !config.net.policy.is_empty() {
         process.arg("--policy").arg(policy::to_json(&config.net.policy));
     }
+    process.arg("--digest").arg(config.net.digest.name());
     if let Some(core) = node.net_core.get(card) {
         process.arg("--core").arg(core.to_string());
     }

@@ -8,7 +8,7 @@ use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use crate::device::{MacAddress, PAIRS_MAX};
 use crate::lan::Null;
 use crate::policy::Policy;
-use crate::proxy::Config;
+use crate::proxy::{Config, DigestMode};
 
 const FIGURES: &str = "\
 The control command `status` answers with:
@@ -28,6 +28,10 @@ The control command `status` answers with:
                         bytes differ the offset, 16 bytes before and 16 from there on of either side (hexadecimal)
   pair.proxy.compare.mismatches_by_service
                         their number for each service, the 32 with most; overcount may be others'
+  pair.proxy.digest     secondary, with digests: output_bytes is what its guest sent, link_bytes what that took on the link
+  pair.proxy.svm_link_bytes, compare.digests, compare.asked
+                        primary: bytes of the link for the secondary's output, segments that came as digests, times when
+                        bytes had to be asked for
   frames.guest_frames, guest_bytes, lan_frames, lan_bytes
                         what was taken from the guest and from the LAN
   frames.guest_malformed, guest_too_long, lan_refused
@@ -193,6 +197,11 @@ pub struct Serve {
         requires = "protected"
     )]
     pub policy: Policy,
+    /// Whether the secondary sends digests of what its guest sends, and bytes only where they are needed.
+    ///
+    /// The link then carries less than a twentieth of a bulk transfer. The primary's option counts.
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "auto")]
+    pub digest: DigestMode,
 
     /// Print what this program can do as JSON, ignore everything else, and end.
     #[arg(long)]
@@ -202,7 +211,7 @@ pub struct Serve {
 impl Serve {
     /// What the proxy is to know.
     pub fn proxy_config(&self) -> Config {
-        let mut config = Config { policy: self.policy.clone(), ..Config::default() };
+        let mut config = Config { policy: self.policy.clone(), digest: self.digest, ..Config::default() };
         config.compare.held_us_max = self.held_ms_max.saturating_mul(1000);
         config.compare.patient_us_max = config.compare.patient_us_max.max(config.compare.held_us_max);
         config.compare.held_bytes_max = self.held_bytes_max;
@@ -226,6 +235,11 @@ mod tests {
         };
         let minimal = parse("--socket-path s --tap t").unwrap().serve;
         assert_eq!((minimal.poll_us, minimal.protected, minimal.mac), (50, false, None));
+        assert_eq!(minimal.digest, DigestMode::Auto);
+        assert_eq!(
+            parse("--socket-path s --tap t --digest off").unwrap().serve.proxy_config().digest,
+            DigestMode::Off
+        );
         let fds = parse("--fd 3 --tap-fd 4,5 --queue-pairs 2 --core 1,2").unwrap().serve;
         assert_eq!((fds.tap_fd, fds.core, fds.queue_pairs), (vec![4, 5], vec![1, 2], 2));
         let rules = r#"[{"protocol":"arp","action":"bypass"}]"#;
@@ -241,6 +255,7 @@ mod tests {
             "--socket-path s --tap t --queue-pairs 0",
             "--socket-path s --tap t --queue-pairs 17",
             "--socket-path s --null discard",
+            "--socket-path s --tap t --digest yes",
             "--socket-path s --tap t --control-path c --control-fd 3",
             "--socket-path s --null drop --control-path c --protected",
             "--socket-path s --tap t --control-path c --protected --policy [{}]",

@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use colo::link::{Decoder, FrameError, Header, encode};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::net::{getpeername, getsockname};
 
 /// With more than this waiting to be sent, what would add to it is left where it is: in the tap, in the guest's ring.
 const OUTGOING_BYTES_MAX: usize = 4 << 20;
@@ -38,6 +40,16 @@ impl Link {
     pub fn new(stream: OwnedFd) -> io::Result<Self> {
         fcntl_setfl(&stream, fcntl_getfl(&stream)? | OFlags::NONBLOCK)?;
         Ok(Self { stream: stream.into(), outgoing: Vec::new(), sent: 0, decoder: Decoder::default() })
+    }
+
+    /// Whether the peer is on this host, as far as the addresses tell: there is no network between us then.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub fn is_local(&self) -> io::Result<bool> {
+        // what has no IP address is a Unix socket
+        let ip = |end| SocketAddr::try_from(end).ok().map(|address: SocketAddr| address.ip());
+        Ok(ip(getsockname(&self.stream)?) == getpeername(&self.stream)?.and_then(ip))
     }
 
     /// Queues a frame; [`Link::flush`] sends it.
@@ -111,9 +123,25 @@ impl AsFd for Link {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{TcpListener, TcpStream};
     use std::os::unix::net::UnixStream;
 
     use super::*;
+
+    #[test]
+    fn a_peer_on_this_host_is_known_by_its_address() {
+        let (a, _b) = UnixStream::pair().unwrap();
+        assert!(Link::new(a.into()).unwrap().is_local().unwrap());
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(Link::new(stream.into()).unwrap().is_local().unwrap());
+        // any address of 127/8 is this host's, but two of them are as good as two hosts
+        let (domain, kind) = (rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM);
+        let socket = rustix::net::socket(domain, kind, None).unwrap();
+        rustix::net::bind(&socket, &SocketAddr::from(([127, 0, 0, 2], 0))).unwrap();
+        rustix::net::connect(&socket, &listener.local_addr().unwrap()).unwrap();
+        assert!(!Link::new(socket).unwrap().is_local().unwrap());
+    }
 
     #[test]
     fn frames_pass_a_full_socket_in_pieces() {

@@ -1,13 +1,16 @@
 //! What a back end may do with its VM's packets: which half of a pair it is, and how the pair fares.
 
 use std::collections::VecDeque;
+use std::io;
 use std::time::Instant;
 
 use colo::control::Role;
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde_json::{Value, json};
 
+use crate::digest::{Key, PRIME};
 use crate::link::Link;
-use crate::proxy::{Actions, Buffer, Config, OrderError, Primary, Secondary};
+use crate::proxy::{Actions, Buffer, Config, DigestMode, OrderError, Primary, Secondary};
 use crate::wire::WireError;
 
 /// So much may wait for the SVM to take it before the link is left alone.
@@ -72,6 +75,18 @@ pub(crate) struct Protection {
     origin: Instant,
 }
 
+/// A secret for the digests of one link.
+fn random_key() -> io::Result<Box<Key>> {
+    loop {
+        let mut bytes = [0; 8];
+        getrandom(&mut bytes, GetRandomFlags::empty())?;
+        // all but two of the numbers of 61 bits are keys
+        if let Some(key) = Key::new(u64::from_ne_bytes(bytes) & PRIME) {
+            return Ok(key);
+        }
+    }
+}
+
 /// Frames that wait for the guest.
 #[derive(Debug, Default)]
 pub(crate) struct Undelivered {
@@ -104,20 +119,36 @@ impl Undelivered {
 }
 
 impl Protection {
-    pub(crate) fn new(role: Role, config: &Config, epoch: u64, link: Link) -> Self {
+    /// One half, of which the actions are to be carried out at once.
+    ///
+    /// # Errors
+    /// The link is broken, or the system has no random numbers.
+    pub(crate) fn new(role: Role, config: &Config, epoch: u64, link: Link) -> io::Result<Self> {
+        let mut actions = Actions::new();
         let half = match role {
-            Role::Primary => Half::Primary(Box::new(Primary::new(config, epoch, 0))),
+            Role::Primary => {
+                let mut primary = Primary::new(config, epoch, 0);
+                let digests = match config.digest {
+                    DigestMode::Auto => !link.is_local()?,
+                    DigestMode::On => true,
+                    DigestMode::Off => false,
+                };
+                if digests {
+                    primary.want_digests(random_key()?, &mut actions);
+                }
+                Half::Primary(Box::new(primary))
+            }
             Role::Secondary => Half::Secondary(Box::new(Secondary::new(config, epoch, 0))),
         };
-        Self {
+        Ok(Self {
             half,
             phase: Phase::Paired,
             link: Some(link),
-            actions: Actions::new(),
+            actions,
             awaiting_commit: false,
             undelivered: Undelivered::default(),
             origin: Instant::now(),
-        }
+        })
     }
 
     /// Whether what the guest sends may be taken.
@@ -152,6 +183,13 @@ impl Protection {
     pub(crate) fn guest_output(&mut self, frame: Buffer) {
         let now_us = self.now_us();
         both!(&mut self.half, proxy => proxy.guest_output(frame, now_us, &mut self.actions));
+    }
+
+    /// The guest has nothing more to send for now.
+    pub(crate) fn guest_pauses(&mut self) {
+        if let Half::Secondary(secondary) = &mut self.half {
+            secondary.flush(&mut self.actions);
+        }
     }
 
     pub(crate) fn lan_input(&mut self, frame: &[u8]) {

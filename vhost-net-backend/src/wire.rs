@@ -17,9 +17,19 @@ pub const MARKER: u16 = 3;
 pub const OUTPUT: u16 = 4;
 /// Secondary to primary: the SVM is in this epoch now. No payload.
 pub const EPOCH: u16 = 5;
+/// Primary to secondary: from now on digests may stand for bytes ([`crate::digest::Key`]).
+pub const KEY: u16 = 6;
+/// Secondary to primary: digests of what the SVM sent ([`crate::digest::Runs`]).
+pub const DIGEST: u16 = 7;
+/// Primary to secondary: the bytes of a range are needed ([`crate::digest::Ask`]).
+pub const ASK: u16 = 8;
+/// Secondary to primary: a packet of which a digest was sent before.
+pub const ANSWER: u16 = 9;
 
 /// Bytes of an [`Isn`] on the wire.
-pub const ISN_BYTES: usize = 56;
+pub const ISN_BYTES: usize = FLOW_BYTES + 12;
+/// Bytes of the name of a TCP flow on the wire.
+pub(crate) const FLOW_BYTES: usize = 44;
 
 const WITH_TIMESTAMP: u8 = 1;
 const IPV6: u8 = 2;
@@ -54,6 +64,12 @@ pub enum WireError {
     /// The payload's fields contradict each other.
     #[error("The peer sent an initial sequence number for no TCP connection")]
     Isn,
+    /// The payload is not what its kind demands.
+    #[error("The peer sent a malformed message of kind {kind}")]
+    Malformed {
+        /// The message's kind.
+        kind: u16,
+    },
     /// The message belongs to an epoch that cannot be.
     #[error("The peer sent a message of kind {kind} for epoch {epoch} while epoch {running} is running")]
     Epoch {
@@ -66,34 +82,66 @@ pub enum WireError {
     },
 }
 
+/// The name of a TCP flow for the wire; `None` for that of another.
+pub(crate) fn flow_to_bytes(flow: &FlowKey) -> Option<[u8; FLOW_BYTES]> {
+    let FlowKey::Ip { vlan, guest, remote, transport: Transport::Tcp { guest_port, remote_port } } = flow
+    else {
+        return None;
+    };
+    let mut bytes = [0; FLOW_BYTES];
+    if guest.is_ipv6() {
+        bytes[0] |= IPV6;
+    }
+    // bytes 1..4 are reserved and zero
+    for tag in 0..Vlan::TAGS_MAX {
+        let identifier = vlan.tags().get(tag).copied().unwrap_or(NO_TAG);
+        bytes[4 + 2 * tag..6 + 2 * tag].copy_from_slice(&identifier.to_be_bytes());
+    }
+    for (at, address) in [(8, guest), (24, remote)] {
+        match address {
+            IpAddr::V4(address) => bytes[at..at + 4].copy_from_slice(&address.octets()),
+            IpAddr::V6(address) => bytes[at..at + 16].copy_from_slice(&address.octets()),
+        }
+    }
+    bytes[40..42].copy_from_slice(&guest_port.to_be_bytes());
+    bytes[42..44].copy_from_slice(&remote_port.to_be_bytes());
+    Some(bytes)
+}
+
+/// Reads what [`flow_to_bytes`] wrote; `None` for anything else.
+pub(crate) fn flow_from_bytes(bytes: &[u8; FLOW_BYTES]) -> Option<FlowKey> {
+    let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+    if bytes[0] & !IPV6 != 0 || bytes[1..4] != [0; 3] {
+        return None;
+    }
+    let mut vlan = Vlan::default();
+    for tag in 0..Vlan::TAGS_MAX {
+        match u16_at(4 + 2 * tag) {
+            NO_TAG => {}
+            identifier if identifier < 0x1000 && vlan.tags().len() == tag => vlan.push(identifier),
+            _ => return None,
+        }
+    }
+    let address = |at: usize| -> IpAddr {
+        let mut octets = [0; 16];
+        octets.copy_from_slice(&bytes[at..at + 16]);
+        match octets.first_chunk::<4>() {
+            Some(short) if bytes[0] & IPV6 == 0 => IpAddr::from(*short),
+            _ => IpAddr::from(octets),
+        }
+    };
+    let transport = Transport::Tcp { guest_port: u16_at(40), remote_port: u16_at(42) };
+    Some(FlowKey::Ip { vlan, guest: address(8), remote: address(24), transport })
+}
+
 impl Isn {
     /// Bytes for the wire; `None` when the flow is not a TCP flow.
     pub fn to_bytes(&self) -> Option<[u8; ISN_BYTES]> {
-        let FlowKey::Ip { vlan, guest, remote, transport: Transport::Tcp { guest_port, remote_port } } =
-            self.flow
-        else {
-            return None;
-        };
         let mut bytes = [0; ISN_BYTES];
+        bytes[..FLOW_BYTES].copy_from_slice(&flow_to_bytes(&self.flow)?);
         if self.timestamp.is_some() {
             bytes[0] |= WITH_TIMESTAMP;
         }
-        if guest.is_ipv6() {
-            bytes[0] |= IPV6;
-        }
-        // bytes 1..4 are reserved and zero
-        for tag in 0..Vlan::TAGS_MAX {
-            let identifier = vlan.tags().get(tag).copied().unwrap_or(NO_TAG);
-            bytes[4 + 2 * tag..6 + 2 * tag].copy_from_slice(&identifier.to_be_bytes());
-        }
-        for (at, address) in [(8, guest), (24, remote)] {
-            match address {
-                IpAddr::V4(address) => bytes[at..at + 4].copy_from_slice(&address.octets()),
-                IpAddr::V6(address) => bytes[at..at + 16].copy_from_slice(&address.octets()),
-            }
-        }
-        bytes[40..42].copy_from_slice(&guest_port.to_be_bytes());
-        bytes[42..44].copy_from_slice(&remote_port.to_be_bytes());
         bytes[44..48].copy_from_slice(&self.isn.to_be_bytes());
         bytes[48..52].copy_from_slice(&self.timestamp.unwrap_or(0).to_be_bytes());
         // bytes 52..56 are reserved and zero
@@ -108,34 +156,15 @@ impl Isn {
         let Ok(bytes) = <&[u8; ISN_BYTES]>::try_from(payload) else {
             return Err(WireError::Length { kind: ISN, bytes: payload.len() });
         };
-        let u16_at = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        let flags = bytes[0];
-        if flags & !(WITH_TIMESTAMP | IPV6) != 0 || bytes[1..4] != [0; 3] || bytes[52..] != [0; 4] {
+        let mut flow = [0; FLOW_BYTES];
+        flow.copy_from_slice(&bytes[..FLOW_BYTES]);
+        flow[0] &= !WITH_TIMESTAMP;
+        let Some(flow) = flow_from_bytes(&flow).filter(|_| bytes[52..] == [0; 4]) else {
             return Err(WireError::Isn);
-        }
-        let mut vlan = Vlan::default();
-        for tag in 0..Vlan::TAGS_MAX {
-            match u16_at(4 + 2 * tag) {
-                NO_TAG => {}
-                identifier if identifier < 0x1000 && vlan.tags().len() == tag => vlan.push(identifier),
-                _ => return Err(WireError::Isn),
-            }
-        }
-        let address = |at: usize| -> IpAddr {
-            let mut octets = [0; 16];
-            octets.copy_from_slice(&bytes[at..at + 16]);
-            match octets.first_chunk::<4>() {
-                Some(short) if flags & IPV6 == 0 => IpAddr::from(*short),
-                _ => IpAddr::from(octets),
-            }
         };
-        let transport = Transport::Tcp { guest_port: u16_at(40), remote_port: u16_at(42) };
-        Ok(Self {
-            flow: FlowKey::Ip { vlan, guest: address(8), remote: address(24), transport },
-            isn: u32_at(44),
-            timestamp: (flags & WITH_TIMESTAMP != 0).then(|| u32_at(48)),
-        })
+        let timestamp = (bytes[0] & WITH_TIMESTAMP != 0).then(|| u32_at(48));
+        Ok(Self { flow, isn: u32_at(44), timestamp })
     }
 }
 

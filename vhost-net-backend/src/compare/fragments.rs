@@ -63,6 +63,7 @@ impl Compare {
     ) {
         self.give_up_fragments(now_us, actions);
         if !self.has_room_for_svm(actions) {
+            self.stats.svm_packets_dropped += 1;
             return;
         }
         let before = self.fragments.svm.cost();

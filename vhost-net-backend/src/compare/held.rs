@@ -170,6 +170,11 @@ impl HeldPackets {
         (behind != NONE).then_some(behind)
     }
 
+    /// Those behind in the list of the chain, in order.
+    pub(super) fn behind(&self, chain: Chain, id: HeldId) -> impl Iterator<Item = &HeldPacket> + Clone {
+        std::iter::successors(self.next(chain, id), move |id| self.next(chain, *id)).map(|id| self.get(id))
+    }
+
     /// The one before in the list of the chain.
     pub(super) fn previous(&self, chain: Chain, id: HeldId) -> Option<HeldId> {
         let before = self.get(id).links[chain as usize].before;

@@ -11,6 +11,7 @@ mod held;
 mod masking;
 mod mismatches;
 mod output;
+mod pending;
 mod stats;
 mod stream;
 mod tcp;
@@ -29,8 +30,10 @@ use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
 use masking::Sender;
 use mismatches::Mismatches;
 use output::Output;
-use tcp::{Difference, TcpFlow, Verdict, Wait};
+use pending::Remedy;
+use tcp::{Difference, Piece, TcpFlow, Verdict, Wait};
 
+use crate::digest::{Ask, Key, Run};
 use crate::packet::{Flags, FlowKey, Kind, Packet, Segment};
 use crate::policy::Policy;
 use crate::proxy::{Actions, Buffer, Cause};
@@ -50,6 +53,9 @@ pub struct Limits {
     pub patient_us_max: u64,
     /// When the SVM says a datagram that the PVM did not, the two have this long to come out even.
     pub disputed_us_max: u64,
+    /// When the PVM has said only the beginning of what a digest covers, it has this long to go on before the SVM is
+    /// asked for the bytes.
+    pub unfinished_us_max: u64,
     /// Memory for what the SVM says ahead of the PVM.
     pub svm_bytes_max: usize,
     /// Entries in the table of flows. Flows that hold packets are kept beyond it.
@@ -66,6 +72,7 @@ impl Default for Limits {
             held_us_max: 100_000,
             patient_us_max: 250_000,
             disputed_us_max: 30_000,
+            unfinished_us_max: 500,
             svm_bytes_max: 32 << 20,
             flows_max: 65_536,
             clamp_windows: true,
@@ -84,6 +91,12 @@ pub struct Compare {
     due: [List; 3],
     /// Connections that the SVM has reset, by the time when the PVM should have too.
     resets: VecDeque<(u64, FlowKey)>,
+    /// The secret of the SVM's digests, if it sends any.
+    key: Option<Box<Key>>,
+    /// Where the PVM has said the beginning of what a digest covers: when to ask for the bytes, and where it starts.
+    unfinished: VecDeque<(u64, FlowKey, u32)>,
+    /// Bytes to ask the SVM for.
+    asks: Vec<Ask>,
     svm_bytes: usize,
     /// A checkpoint has been asked for in this epoch.
     wanted: bool,
@@ -120,12 +133,26 @@ impl Compare {
             fragments: Fragments::default(),
             due: [List::of(Chain::Due); 3],
             resets: VecDeque::new(),
+            key: None,
+            unfinished: VecDeque::new(),
+            asks: Vec::new(),
             svm_bytes: 0,
             wanted: false,
             suspended: false,
             mismatches: Mismatches::default(),
             stats: CompareStats::default(),
         }
+    }
+
+    /// From now on the SVM may send digests made with this key.
+    pub fn expect_digests(&mut self, key: Box<Key>) {
+        self.key = Some(key);
+    }
+
+    /// Bytes that the SVM must be asked for, since digests do not do.
+    pub fn take_asks(&mut self) -> impl Iterator<Item = Ask> {
+        self.stats.asked += self.asks.len() as u64;
+        self.asks.drain(..)
     }
 
     /// The PVM has sent this frame, which is `packet`.
@@ -162,7 +189,7 @@ impl Compare {
         };
         let compared = masked.as_deref().unwrap_or(&frame);
         let before = flow.cost();
-        let (mut leaves, mut lane, mut differs) = (false, Lane::InOrder, None);
+        let (mut leaves, mut lane, mut differs, mut piece) = (false, Lane::InOrder, None, None);
         match (&mut flow.protocol, &packet.kind) {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) if !flow.stuck => {
                 let begins = tcp.begins(segment);
@@ -175,11 +202,12 @@ impl Compare {
                     _ => flow.held.is_empty() && (flow.aside.is_empty() || !begins),
                 };
                 if first {
-                    match tcp.judge(segment, compared) {
+                    match tcp.judge(segment, compared, &std::iter::empty(), self.key.as_deref()) {
                         Verdict::Release => {
                             tcp.passed(segment, &frame);
                             leaves = true;
                         }
+                        Verdict::Wait(Wait::Piece(unfinished)) => piece = Some(unfinished),
                         Verdict::Wait(_) => {}
                         Verdict::Differ(difference) => {
                             differs = Some(describe(difference, tcp, segment, compared));
@@ -209,6 +237,29 @@ impl Compare {
         let held = self.hold(id, frame, packet, lane, now_us, actions);
         if let Some(masked) = masked {
             self.held.mask(held, masked);
+        }
+        if let Some(piece) = piece {
+            self.ask_for(id, &piece, now_us);
+        }
+        if piece.is_none() && self.is_short(id) {
+            self.advance_tcp(id, now_us, actions);
+        }
+    }
+
+    /// Whether what waits in front of a flow waits for what the PVM says next.
+    fn is_short(&self, id: FlowId) -> bool {
+        matches!(&self.flows[id].protocol, Protocol::Tcp(tcp) if tcp.is_short())
+    }
+
+    /// Sees to it that the PVM need not wait for itself: it may have no more to say before the client answers.
+    fn ask_for(&mut self, id: FlowId, piece: &Piece, now_us: u64) {
+        let (flow, Piece { seq, bytes, remedy }) = (self.flows[id].key, *piece);
+        match remedy {
+            Some(Remedy::AskNow) => self.asks.push(Ask { flow, seq, bytes }),
+            Some(Remedy::AskSoon) => {
+                self.unfinished.push_back((now_us + self.limits.unfinished_us_max, flow, seq));
+            }
+            None => {}
         }
     }
 
@@ -273,6 +324,38 @@ impl Compare {
         self.held.remove(id)
     }
 
+    /// The place of a flow of which the SVM has something to say, if there is room to keep that. Losing it is safe: what
+    /// the PVM says waits for a checkpoint, and that is on its way.
+    fn flow_if_room(&mut self, key: &FlowKey, now_us: u64, actions: &mut Actions) -> Option<FlowId> {
+        if !self.has_room_for_svm(actions) {
+            return None;
+        }
+        let id = self.flows.get_if_room(key, now_us);
+        if id.is_none() {
+            let detail = format!("The flow table is full ({} flows)", self.flows.len());
+            self.want(Cause::Buffer, detail, actions);
+        }
+        id
+    }
+
+    /// The SVM has sent segments of this flow, of which only the digests are here.
+    pub fn svm_digests(&mut self, key: &FlowKey, run: &Run<'_>, now_us: u64, actions: &mut Actions) {
+        let count = run.pieces().count() as u64;
+        self.stats.svm_packets += count;
+        self.stats.digests += count;
+        let Some(id) = self.flow_if_room(key, now_us, actions) else {
+            self.stats.svm_packets_dropped += count;
+            return;
+        };
+        let flow = &mut self.flows[id];
+        let before = flow.cost();
+        if let Protocol::Tcp(tcp) = &mut flow.protocol {
+            tcp.svm_digests(run);
+            self.svm_bytes = self.svm_bytes + flow.cost() - before;
+            self.advance_tcp(id, now_us, actions);
+        }
+    }
+
     /// The SVM has sent this frame; sequence numbers are in the PVM's space already.
     pub fn svm_says(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
         let packet = Packet::parse(frame);
@@ -287,8 +370,6 @@ impl Compare {
         if self.svm_bytes <= self.limits.svm_bytes_max {
             return true;
         }
-        // losing it is safe: what the PVM says waits for a checkpoint, and that is on its way
-        self.stats.svm_packets_dropped += 1;
         let detail = format!("{} bytes of the SVM's output wait for the PVM's", self.svm_bytes);
         self.want(Cause::Buffer, detail, actions);
         false
@@ -297,13 +378,8 @@ impl Compare {
     fn svm_sends(&mut self, frame: &[u8], packet: &Packet, now_us: u64, actions: &mut Actions) {
         let key = packet.flow_from_guest(frame);
         self.stats.svm_packets += 1;
-        if !self.has_room_for_svm(actions) {
-            return;
-        }
-        let Some(id) = self.flows.get_if_room(&key, now_us) else {
+        let Some(id) = self.flow_if_room(&key, now_us, actions) else {
             self.stats.svm_packets_dropped += 1;
-            let detail = format!("The flow table is full ({} flows)", self.flows.len());
-            self.want(Cause::Buffer, detail, actions);
             return;
         };
         let flow = &mut self.flows[id];
@@ -379,7 +455,8 @@ impl Compare {
                     break;
                 };
                 let before = flow.cost();
-                let held = self.held.get(waiting);
+                let all = &self.held;
+                let held = all.get(waiting);
                 let (Kind::Tcp { segment, .. }, Protocol::Tcp(tcp)) = (&held.packet.kind, &mut flow.protocol)
                 else {
                     return;
@@ -388,10 +465,12 @@ impl Compare {
                     // they belong to the connection before
                     break;
                 }
-                let verdict = tcp.judge(segment, held.compared());
-                let mut differs = None;
+                let key = self.key.as_deref();
+                let verdict = tcp.judge(segment, held.compared(), &all.behind(Chain::Flow, waiting), key);
+                let (mut differs, mut piece) = (None, None);
                 match verdict {
                     Verdict::Release => tcp.passed(segment, &held.frame),
+                    Verdict::Wait(Wait::Piece(unfinished)) => piece = Some(unfinished),
                     Verdict::Wait(_) => {}
                     Verdict::Differ(how) => differs = Some(describe(how, tcp, segment, held.compared())),
                 }
@@ -400,6 +479,9 @@ impl Compare {
                     flow.stuck = true;
                     self.mismatch(id, how, now_us, actions);
                     return;
+                }
+                if let Some(piece) = piece {
+                    self.ask_for(id, &piece, now_us);
                 }
                 if verdict != Verdict::Release {
                     break;
@@ -519,6 +601,8 @@ impl Compare {
         });
         self.due.iter_mut().for_each(List::clear);
         self.resets.clear();
+        self.unfinished.clear();
+        self.asks.clear();
         self.svm_bytes = 0;
         self.wanted = false;
     }
@@ -540,17 +624,31 @@ impl Compare {
 
     /// When [`Compare::tick`] has something to do.
     pub fn next_deadline(&self) -> Option<u64> {
+        let unfinished = self.unfinished.front().map(|unfinished| unfinished.0);
         if self.wanted {
             // one wish an epoch is enough
-            return None;
+            return unfinished;
         }
         let held = self.due.iter().filter_map(|list| Some(self.held.get(list.first()?).due_us));
-        held.chain(self.resets.front().map(|reset| reset.0)).chain(self.fragments_deadline()).min()
+        held.chain(self.resets.front().map(|reset| reset.0))
+            .chain(self.fragments_deadline())
+            .chain(unfinished)
+            .min()
     }
 
     /// Looks whether something has waited too long.
     pub fn tick(&mut self, now_us: u64, actions: &mut Actions) {
         self.give_up_fragments(now_us, actions);
+        while let Some((due_us, key, seq)) = self.unfinished.front().copied()
+            && due_us <= now_us
+        {
+            self.unfinished.pop_front();
+            if let Some(Protocol::Tcp(tcp)) = self.flows.find(&key).map(|flow| &mut flow.protocol)
+                && let Some(bytes) = tcp.ask_now(seq)
+            {
+                self.asks.push(Ask { flow: key, seq, bytes });
+            }
+        }
         for class in [NORMAL, PATIENT, DISPUTED] {
             while let Some(first) = self.due[class].first()
                 && self.held.get(first).due_us <= now_us
@@ -583,16 +681,19 @@ impl Compare {
         let flow_id = held.flow;
         let flow = &mut self.flows[flow_id];
         let before = flow.cost();
-        let first = match flow.held.first() {
-            Some(first) if !held.aside => self.held.get(first),
-            _ => held,
-        };
+        let first_id = flow.held.first().filter(|_| !held.aside).unwrap_or(id);
+        let first = self.held.get(first_id);
         let mut what = "the SVM's datagram".to_owned();
-        let mut differs = None;
+        let (mut differs, mut piece) = (None, None);
         match (&mut flow.protocol, &first.packet.kind) {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) => {
-                if let Verdict::Wait(wait) = tcp.judge(segment, first.compared()) {
+                let behind = &self.held.behind(Chain::Flow, first_id);
+                let verdict = tcp.judge(segment, first.compared(), behind, self.key.as_deref());
+                if let Verdict::Wait(wait) = verdict {
                     what = describe_wait(wait);
+                    if let Wait::Piece(unfinished) = wait {
+                        piece = Some(unfinished);
+                    }
                 }
             }
             (Protocol::Messages(messages), _) => {
@@ -604,6 +705,9 @@ impl Compare {
         if let Some(bytes) = differs {
             self.mismatch(flow_id, How::in_bytes(bytes), now_us, actions);
             return;
+        }
+        if let Some(piece) = piece {
+            self.ask_for(flow_id, &piece, now_us);
         }
         self.stats.held_too_long += 1;
         let how = format!("held for {} ms, waits for {what}", waited_us / 1000).into();
@@ -695,6 +799,9 @@ fn describe(difference: Difference, tcp: &mut TcpFlow, segment: &Segment, compar
 fn describe_wait(wait: Wait) -> String {
     match wait {
         Wait::Bytes(offset) => format!("the SVM's bytes from {offset} on"),
+        Wait::Piece(Piece { bytes, .. }) => {
+            format!("{bytes} bytes of which the SVM sent a digest, or that the PVM has not said")
+        }
         Wait::Ack { needed, svm: Some(svm) } => format!("the SVM's ack of {needed}, it is at {svm}"),
         Wait::Ack { needed, svm: None } => format!("the SVM's ack of {needed}, it has sent none"),
         Wait::Syn => "the SVM's SYN".to_owned(),

@@ -16,6 +16,10 @@ pub struct CompareStats {
     pub svm_packets: u64,
     /// Packets of the SVM that were not kept for want of room.
     pub svm_packets_dropped: u64,
+    /// Segments of the SVM of which a digest came.
+    pub digests: u64,
+    /// Times when the SVM was asked for bytes instead.
+    pub asked: u64,
     /// Packets of the PVM that left without waiting.
     pub released_at_once: u64,
     /// Packets of the PVM that left when the SVM had said the same.

@@ -7,8 +7,10 @@ use std::collections::VecDeque;
 
 use super::held::HeldPacket;
 use super::mismatches::{BYTES_SHOWN, Differing};
+use super::pending::{Finding, Pending, Remedy, Said};
 use super::stream::{Agreement, Anchor, Ranges, Store};
 use super::window::Window;
+use crate::digest::{Key, Run};
 use crate::packet::{Flags, Kind, Packet, Segment, SynOptions};
 
 /// Whether a segment of the PVM may leave.
@@ -27,6 +29,8 @@ pub(super) enum Verdict {
 pub(super) enum Wait {
     /// The SVM's bytes from here on: an offset into the segment's data.
     Bytes(usize),
+    /// What the SVM's digest covers and neither the PVM has said nor the SVM.
+    Piece(Piece),
     /// An acknowledgment by the SVM that reaches as far as this.
     Ack {
         /// What the PVM acknowledges.
@@ -40,6 +44,17 @@ pub(super) enum Wait {
     Fin,
     /// The SVM's RST.
     Rst,
+}
+
+/// A piece of the SVM's stream of which only the digest is here, from the first byte that is not settled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    /// Sequence number of that byte.
+    pub(super) seq: u32,
+    /// Bytes from there to the piece's end.
+    pub(super) bytes: u32,
+    /// What is to be done, once.
+    pub(super) remedy: Option<Remedy>,
 }
 
 /// How the streams differ.
@@ -89,6 +104,8 @@ struct SvmEnd {
     anchor: Anchor,
     syn: Option<Box<SvmSyn>>,
     store: Store,
+    /// Made when the first digest comes.
+    pending: Option<Box<Pending>>,
     fin: Option<u64>,
     reset: bool,
     /// Acknowledgment number of the RST that refused a SYN.
@@ -114,6 +131,8 @@ pub(super) struct TcpFlow {
     svm: SvmEnd,
     /// Connections that the SVM has opened since on the same ports.
     ahead: VecDeque<SvmEnd>,
+    /// What waits in front waits for what the PVM says next.
+    short: bool,
 }
 
 pub(super) fn at_least(a: Option<u32>, b: u32) -> bool {
@@ -133,6 +152,10 @@ pub(crate) fn is_refusal(segment: &Segment) -> bool {
 }
 
 impl SvmEnd {
+    fn cost(&self) -> usize {
+        self.store.cost() + self.pending.as_ref().map_or(0, |pending| pending.cost())
+    }
+
     fn begin(segment: &Segment, frame: &[u8]) -> Self {
         let mut end = Self {
             anchor: Anchor::at(segment.seq),
@@ -153,7 +176,7 @@ impl SvmEnd {
 impl TcpFlow {
     /// About how much memory the SVM's output takes here.
     pub(super) fn cost(&self) -> usize {
-        self.svm.store.cost() + self.ahead.iter().map(|end| end.store.cost()).sum::<usize>()
+        self.svm.cost() + self.ahead.iter().map(SvmEnd::cost).sum::<usize>()
     }
 
     /// The PVM's initial sequence number, when its SYN has been released.
@@ -225,6 +248,35 @@ impl TcpFlow {
         }
     }
 
+    /// Takes in segments of the SVM of which only the digests are here.
+    pub(super) fn svm_digests(&mut self, run: &Run<'_>) {
+        let current = self.ahead.is_empty();
+        let svm = self.ahead.back_mut().unwrap_or(&mut self.svm);
+        raise(&mut svm.ack, run.ack);
+        if let (Some(edge), true) = (self.window.edge_at(run.ack, run.window), current) {
+            raise(&mut svm.edge, edge);
+        }
+        let mut start = svm.anchor.place(run.seq);
+        for (bytes, digest) in run.pieces() {
+            let end = start + u64::from(bytes);
+            if !current || self.settled.first_gap(start, end).is_some() {
+                svm.pending.get_or_insert_default().insert(start, bytes, digest);
+            }
+            start = end;
+        }
+    }
+
+    /// Whether more of the PVM's stream may let go what waits in front.
+    pub(super) fn is_short(&self) -> bool {
+        self.short
+    }
+
+    /// The piece at `seq` was to be asked for by now, if the PVM did not say all of it: how many bytes to ask for.
+    pub(super) fn ask_now(&mut self, seq: u32) -> Option<u32> {
+        let start = self.svm.anchor.place(seq);
+        Some((self.svm.pending.as_mut()?.ask_now(start)? - start) as u32)
+    }
+
     /// Compares data of the SVM with the segments that wait, and keeps what they do not say.
     fn compare_with_waiting<'a>(
         &mut self,
@@ -274,7 +326,7 @@ impl TcpFlow {
 
     /// Whether the segment begins a connection that is not the present one.
     pub(super) fn begins(&self, segment: &Segment) -> bool {
-        segment.flags.has(Flags::SYN) && !segment.flags.has(Flags::RST) && self.isn != Some(segment.seq)
+        begins(segment, self.isn)
     }
 
     /// Whether the segment says nothing but what is settled, so that it need not wait for what the PVM sent before it:
@@ -290,15 +342,22 @@ impl TcpFlow {
     }
 
     /// Whether this segment of the PVM may leave. All that the PVM sent on this flow before has left, or the segment
-    /// [repeats](TcpFlow::repeats).
-    pub(super) fn judge(&mut self, segment: &Segment, frame: &[u8]) -> Verdict {
+    /// [repeats](TcpFlow::repeats). `following` are those that wait behind it, in order.
+    pub(super) fn judge<'a>(
+        &mut self,
+        segment: &Segment,
+        frame: &'a [u8],
+        following: &(impl Iterator<Item = &'a HeldPacket> + Clone),
+        key: Option<&Key>,
+    ) -> Verdict {
+        self.short = false;
         if segment.flags.has(Flags::RST) {
             return self.judge_reset(segment);
         }
         if self.begins(segment) {
             return self.judge_syn(segment, frame);
         }
-        if let Err(verdict) = self.judge_data(segment, frame) {
+        if let Err(verdict) = self.judge_data(segment, frame, following, key) {
             return verdict;
         }
         if let Err(verdict) = self.judge_fin(segment) {
@@ -366,7 +425,13 @@ impl TcpFlow {
         Verdict::Release
     }
 
-    fn judge_data(&mut self, segment: &Segment, frame: &[u8]) -> Result<(), Verdict> {
+    fn judge_data<'a>(
+        &mut self,
+        segment: &Segment,
+        frame: &'a [u8],
+        following: &(impl Iterator<Item = &'a HeldPacket> + Clone),
+        key: Option<&Key>,
+    ) -> Result<(), Verdict> {
         let data = &frame[segment.payload.clone()];
         let start = self.svm.anchor.place(data_seq(segment));
         let end = start + data.len() as u64;
@@ -381,6 +446,13 @@ impl TcpFlow {
             from = first + same as u64;
             self.settled.insert(first, from);
             self.svm.store.remove(first, from);
+            if let (Agreement::Until(_), Some(key)) = (agreement, key)
+                && let Some(to) = self.judge_digests(from, key, (segment, data), following.clone())?
+            {
+                self.settled.insert(from, to);
+                from = to;
+                continue;
+            }
             match agreement {
                 Agreement::Whole => {}
                 Agreement::Until(_) if self.svm.fin.is_some_and(|fin| fin <= from) => {
@@ -399,6 +471,46 @@ impl TcpFlow {
         Ok(())
     }
 
+    /// How far the PVM's stream from a position on is the same by the SVM's digests; `None` where there are none.
+    fn judge_digests<'a>(
+        &mut self,
+        from: u64,
+        key: &Key,
+        (segment, data): (&Segment, &'a [u8]),
+        following: impl Iterator<Item = &'a HeldPacket> + Clone,
+    ) -> Result<Option<u64>, Verdict> {
+        let (anchor, isn) = (self.svm.anchor, self.isn);
+        let Some(pending) = &mut self.svm.pending else {
+            return Ok(None);
+        };
+        let said = |segment: &Segment, bytes: &'a [u8]| Said {
+            at: { anchor }.place(data_seq(segment)),
+            bytes,
+            push: segment.flags.has(Flags::PSH) || segment.flags.has(Flags::FIN),
+        };
+        let following = following.map_while(|held| match &held.packet.kind {
+            Kind::Tcp { segment, .. } if !begins(segment, isn) => {
+                Some(said(segment, &held.frame[segment.payload.clone()]))
+            }
+            // another connection
+            _ => None,
+        });
+        let all = std::iter::once(said(segment, data)).chain(following);
+        let wait = |end: u64, remedy| {
+            let piece = Piece { seq: from as u32, bytes: (end - from) as u32, remedy };
+            Err(Verdict::Wait(Wait::Piece(piece)))
+        };
+        match pending.compare(from, key, &all) {
+            Finding::Same(to) => Ok(Some(to)),
+            Finding::Nothing => Ok(None),
+            Finding::Short { end, remedy } => {
+                self.short = true;
+                wait(end, remedy)
+            }
+            Finding::Bytes { end, asked } => wait(end, (!asked).then_some(Remedy::AskNow)),
+        }
+    }
+
     fn judge_fin(&mut self, segment: &Segment) -> Result<(), Verdict> {
         if !segment.flags.has(Flags::FIN) {
             return Ok(());
@@ -407,7 +519,10 @@ impl TcpFlow {
         if self.fin == Some(end) || self.svm.fin == Some(end) {
             return Ok(());
         }
-        if self.svm.fin.is_some() || self.svm.store.end().is_some_and(|last| last > end) {
+        if self.svm.fin.is_some()
+            || self.svm.store.end().is_some_and(|last| last > end)
+            || self.svm.pending.as_ref().is_some_and(|pending| pending.reaches_beyond(end))
+        {
             return Err(Verdict::Differ(Difference::Event { pvm: "ends", svm: "sends more data" }));
         }
         if self.svm.reset {
@@ -453,6 +568,9 @@ impl TcpFlow {
         let end = start + segment.payload.len() as u64;
         self.settled.insert(start, end);
         self.svm.store.remove(start, end);
+        if let Some(pending) = &mut self.svm.pending {
+            pending.remove_settled(&self.settled);
+        }
         self.svm.anchor.advance(end);
         if flags.has(Flags::FIN) {
             self.fin = Some(end);
@@ -512,6 +630,11 @@ impl TcpFlow {
             ..SvmEnd::default()
         };
     }
+}
+
+/// Whether the segment begins a connection that is not the one that began with `isn`.
+fn begins(segment: &Segment, isn: Option<u32>) -> bool {
+    segment.flags.has(Flags::SYN) && !segment.flags.has(Flags::RST) && isn != Some(segment.seq)
 }
 
 /// How many bytes at the beginning of `some` are those of `others`, which are at least as many.

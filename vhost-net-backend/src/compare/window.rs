@@ -41,8 +41,8 @@ struct Narrowed {
 }
 
 /// The right edge of the window that a segment offers.
-fn edge(segment: &Segment, scale: u8) -> u32 {
-    segment.ack.wrapping_add(u32::from(segment.window) << scale)
+fn edge(ack: u32, window: u16, scale: u8) -> u32 {
+    ack.wrapping_add(u32::from(window) << scale)
 }
 
 impl Window {
@@ -51,7 +51,7 @@ impl Window {
         let named = segment.syn_options(frame).window_scale;
         // a guest that answers a SYN names a shift only if the client did; of its own SYN it cannot know yet
         let answers = segment.flags.has(Flags::ACK);
-        let edge = answers.then(|| edge(segment, 0));
+        let edge = answers.then(|| edge(segment.ack, segment.window, 0));
         Self {
             named: named.unwrap_or(0),
             scale: answers.then(|| named.unwrap_or(0)),
@@ -66,9 +66,14 @@ impl Window {
         self.scale.get_or_insert(if scales { self.named } else { 0 });
     }
 
-    /// The right edge that a segment of the SVM offers, if it can be known.
+    /// The right edge that a segment offers, if it can be known.
     pub(super) fn edge_of(&self, segment: &Segment) -> Option<u32> {
-        Some(edge(segment, self.scale?))
+        self.edge_at(segment.ack, segment.window)
+    }
+
+    /// The right edge that an acknowledgment with this window offers, if it can be known.
+    pub(super) fn edge_at(&self, ack: u32, window: u16) -> Option<u32> {
+        Some(edge(ack, window, self.scale?))
     }
 
     pub(super) fn pvm_edge(&self) -> Option<u32> {

@@ -57,6 +57,11 @@ impl Policy {
         policy
     }
 
+    /// Whether each byte of the flow is compared.
+    pub fn compares(&self, flow: &FlowKey) -> bool {
+        matches!(self.of(flow), Treatment::Compare)
+    }
+
     /// How a flow is treated.
     pub fn of(&self, flow: &FlowKey) -> Treatment {
         let first = self.rules.iter().find(|(rule, _)| fits(rule, flow));

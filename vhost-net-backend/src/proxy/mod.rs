@@ -27,6 +27,20 @@ pub struct Config {
     pub rewrite: crate::rewrite::Limits,
     /// How single flows are treated.
     pub policy: crate::policy::Policy,
+    /// Whether the secondary sends digests of what its guest sends.
+    pub digest: DigestMode,
+}
+
+/// Whether the secondary sends digests of what its guest sends in place of the bytes. The primary decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum DigestMode {
+    /// Unless the peer is on the same host, where copying costs less
+    #[default]
+    Auto,
+    /// Always
+    On,
+    /// Never
+    Off,
 }
 
 /// An order that does not fit what goes on. The controller and this side have lost each other.
@@ -69,5 +83,7 @@ pub enum Mode {
 /// How often tables are looked through for what has aged, in microseconds.
 const HOUSEKEEPING_US: u64 = 1_000_000;
 
+#[cfg(test)]
+mod digest_tests;
 #[cfg(test)]
 mod tests;

@@ -2,12 +2,14 @@
 
 use std::collections::VecDeque;
 
+use colo::link::HEADER_BYTES;
 use serde::Serialize;
 
 use super::{Actions, Buffer, Config, HOUSEKEEPING_US, Mode, OrderError};
 use crate::compare::{Compare, CompareStats};
+use crate::digest::{Key, Names, Runs, key_to_bytes};
 use crate::packet::{Flags, Kind, Packet};
-use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, OUTPUT, WireError};
+use crate::wire::{ANSWER, ASK, DIGEST, EPOCH, ISN, Isn, KEY, MARKER, MIRROR, OUTPUT, WireError};
 
 /// Figures of the primary's half.
 #[derive(Clone, Debug, Serialize)]
@@ -22,6 +24,8 @@ pub struct PrimaryStats {
     pub mirrored_bytes: u64,
     /// Packets of the SVM that came too late for their epoch.
     pub stale_packets: u64,
+    /// Bytes of the link's frames that brought the SVM's output, headers included.
+    pub svm_link_bytes: u64,
     /// The comparison.
     pub compare: CompareStats,
 }
@@ -35,13 +39,16 @@ pub struct Primary {
     marked: bool,
     compare: Compare,
     /// What the SVM said in the next epoch: it may hear of a commit first.
-    early: VecDeque<Vec<u8>>,
+    early: VecDeque<(u16, Vec<u8>)>,
     early_bytes: usize,
     early_bytes_max: usize,
+    /// Numbers of the flows that the SVM's digests are of, if it may send any.
+    names: Option<Names>,
     housekeeping_us: u64,
     mirrored_packets: u64,
     mirrored_bytes: u64,
     stale_packets: u64,
+    svm_link_bytes: u64,
 }
 
 impl Primary {
@@ -55,10 +62,28 @@ impl Primary {
             early: VecDeque::new(),
             early_bytes: 0,
             early_bytes_max: config.compare.svm_bytes_max,
+            names: None,
             housekeeping_us: now_us + HOUSEKEEPING_US,
             mirrored_packets: 0,
             mirrored_bytes: 0,
             stale_packets: 0,
+            svm_link_bytes: 0,
+        }
+    }
+
+    /// Has the secondary send digests made with this key, which nobody else knows. To be called once, first of all.
+    pub fn want_digests(&mut self, key: Box<Key>, actions: &mut Actions) {
+        actions.push_to_peer(KEY, self.epoch, &key_to_bytes(&key));
+        self.compare.expect_digests(key);
+        self.names = Some(Names::default());
+    }
+
+    /// Asks the secondary for bytes, as the comparison needs them. After the marker a commit does without.
+    fn send_asks(&mut self, actions: &mut Actions) {
+        for ask in self.compare.take_asks() {
+            if let (Mode::Protected, false, Some(bytes)) = (self.mode, self.marked, ask.to_bytes()) {
+                actions.push_to_peer(ASK, self.epoch, &bytes);
+            }
         }
     }
 
@@ -73,6 +98,7 @@ impl Primary {
                     self.tell_isn(&frame, &packet, actions);
                 }
                 self.compare.pvm_says(frame, packet, now_us, actions);
+                self.send_asks(actions);
             }
         }
     }
@@ -138,31 +164,53 @@ impl Primary {
         now_us: u64,
         actions: &mut Actions,
     ) -> Result<(), WireError> {
-        if !matches!(kind, OUTPUT | EPOCH) {
-            return Err(WireError::Kind(kind));
+        match kind {
+            OUTPUT | EPOCH => {}
+            DIGEST | ANSWER if self.names.is_some() => {}
+            _ => return Err(WireError::Kind(kind)),
         }
         if epoch > self.epoch + 1 {
             return Err(WireError::Epoch { kind, epoch, running: self.epoch });
         }
-        if kind == EPOCH {
-            return match payload.len() {
-                0 => Ok(()),
-                bytes => Err(WireError::Length { kind, bytes }),
-            };
+        match kind {
+            EPOCH if payload.is_empty() => return Ok(()),
+            EPOCH => return Err(WireError::Length { kind, bytes: payload.len() }),
+            // what is malformed ends the link at once, not when its epoch comes
+            DIGEST => _ = Runs::parse(payload)?,
+            _ => {}
         }
         if self.mode != Mode::Protected {
             return Ok(());
         }
+        self.svm_link_bytes += (payload.len() + HEADER_BYTES) as u64;
         if epoch == self.epoch {
-            self.compare.svm_says(payload, now_us, actions);
+            self.svm_says(kind, payload, now_us, actions);
+            self.send_asks(actions);
         } else if epoch < self.epoch || self.early_bytes > self.early_bytes_max {
             // what is lost of the next epoch makes the PVM's packets wait for a checkpoint, nothing worse
             self.stale_packets += 1;
         } else {
             self.early_bytes += payload.len();
-            self.early.push_back(payload.to_vec());
+            self.early.push_back((kind, payload.to_vec()));
         }
         Ok(())
+    }
+
+    /// What the SVM has said in this epoch, well formed.
+    fn svm_says(&mut self, kind: u16, payload: &[u8], now_us: u64, actions: &mut Actions) {
+        if kind != DIGEST {
+            self.compare.svm_says(payload, now_us, actions);
+            return;
+        }
+        let (Some(names), Ok(runs)) = (&mut self.names, Runs::parse(payload)) else {
+            return;
+        };
+        for run in runs {
+            match names.flow_of(&run) {
+                Some(flow) => self.compare.svm_digests(&flow, &run, now_us, actions),
+                None => self.stale_packets += 1,
+            }
+        }
     }
 
     /// The PVM is paused, and everything that it sent or was given has been here: marks the end of the epoch.
@@ -191,10 +239,17 @@ impl Primary {
         self.compare.commit(actions);
         self.epoch += 1;
         self.marked = false;
+        let lost = self.early_bytes > self.early_bytes_max;
         self.early_bytes = 0;
-        for frame in std::mem::take(&mut self.early) {
-            self.compare.svm_says(&frame, now_us, actions);
+        self.names.iter_mut().for_each(Names::clear);
+        for (kind, payload) in std::mem::take(&mut self.early) {
+            self.svm_says(kind, &payload, now_us, actions);
         }
+        if lost {
+            // a number may have become another flow's in what was not kept
+            self.names.iter_mut().for_each(Names::clear);
+        }
+        self.send_asks(actions);
         Ok(())
     }
 
@@ -221,6 +276,7 @@ impl Primary {
     pub fn tick(&mut self, now_us: u64, actions: &mut Actions) {
         if self.mode == Mode::Protected {
             self.compare.tick(now_us, actions);
+            self.send_asks(actions);
             if now_us >= self.housekeeping_us {
                 self.housekeeping_us = now_us + HOUSEKEEPING_US;
             }
@@ -260,6 +316,7 @@ impl Primary {
             mirrored_packets: self.mirrored_packets,
             mirrored_bytes: self.mirrored_bytes,
             stale_packets: self.stale_packets,
+            svm_link_bytes: self.svm_link_bytes,
             compare: self.compare.stats(),
         }
     }

@@ -4,10 +4,12 @@ use std::collections::VecDeque;
 
 use serde::Serialize;
 
-use super::{Actions, Buffer, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
+use super::{Action, Actions, Buffer, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
+use crate::digest::{Ask, Sender, SenderStats, key_from_bytes};
 use crate::packet::checksum::Checksum;
+use crate::policy::Policy;
 use crate::rewrite::{Exit, RewriteStats, Rewriter};
-use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, WireError};
+use crate::wire::{ASK, EPOCH, ISN, Isn, KEY, MARKER, MIRROR, WireError};
 
 /// How often the survivor announces itself, and how far apart, in microseconds: switches lose packets too.
 const ANNOUNCEMENTS_US: [u64; 4] = [50_000, 150_000, 250_000, 350_000];
@@ -27,6 +29,8 @@ pub struct SecondaryStats {
     pub svm_packets: u64,
     /// The rewriter.
     pub rewrite: RewriteStats,
+    /// What goes to the primary, if digests may stand for bytes.
+    pub digest: Option<SenderStats>,
 }
 
 /// The secondary's half of the proxy.
@@ -37,6 +41,11 @@ pub struct Secondary {
     /// The peer's marker of the running epoch is here.
     marked: bool,
     rewriter: Rewriter,
+    /// What the rewriter makes goes through this, since the primary has named a key.
+    sender: Option<Sender>,
+    policy: Policy,
+    /// What the rewriter has made; empty between two calls.
+    rewritten: Actions,
     addresses: GuestAddresses,
     /// When to announce the guest again, the next one first.
     announcements: VecDeque<u64>,
@@ -54,6 +63,9 @@ impl Secondary {
             epoch,
             marked: false,
             rewriter: Rewriter::new(config.rewrite.clone()),
+            sender: None,
+            policy: config.policy.clone(),
+            rewritten: Actions::new(),
             addresses: GuestAddresses::default(),
             announcements: VecDeque::new(),
             housekeeping_us: now_us + HOUSEKEEPING_US,
@@ -76,9 +88,34 @@ impl Secondary {
             if self.mode == Mode::Protected {
                 self.addresses.learn_from_guest(&frame);
             }
-            self.rewriter.outbound(&frame, Checksum::Complete, now_us, exit, actions);
+            match (exit, &self.sender) {
+                (Exit::Peer { .. }, Some(_)) => {
+                    self.rewriter.outbound(&frame, Checksum::Complete, now_us, exit, &mut self.rewritten);
+                    self.send_rewritten(actions);
+                }
+                _ => self.rewriter.outbound(&frame, Checksum::Complete, now_us, exit, actions),
+            }
         }
         actions.pool().give(frame);
+    }
+
+    /// Sends what the rewriter has made for the primary: whole, or as digests.
+    fn send_rewritten(&mut self, actions: &mut Actions) {
+        if let Some(sender) = &mut self.sender {
+            for action in self.rewritten.iter() {
+                if let Action::ToPeer { epoch, payload, .. } = action {
+                    sender.send(payload, epoch, actions);
+                }
+            }
+        }
+        self.rewritten.clear();
+    }
+
+    /// Sends what waits for more of its kind. To be called when the guest has nothing more to send for now.
+    pub fn flush(&mut self, actions: &mut Actions) {
+        if let (Some(sender), Mode::Protected) = (&mut self.sender, self.mode) {
+            sender.flush(self.epoch, actions);
+        }
     }
 
     /// Whether another frame may be taken from the guest. When not, its queue must wait: what is taken while nothing is
@@ -106,7 +143,7 @@ impl Secondary {
         now_us: u64,
         actions: &mut Actions,
     ) -> Result<(), WireError> {
-        if !matches!(kind, MIRROR | ISN | MARKER) {
+        if !matches!(kind, MIRROR | ISN | MARKER | KEY | ASK) {
             return Err(WireError::Kind(kind));
         }
         if self.mode != Mode::Protected {
@@ -120,11 +157,30 @@ impl Secondary {
                 self.mirrored_packets += 1;
                 self.mirrored_bytes += payload.len() as u64;
                 self.addresses.learn_from_lan(payload);
+                if let Some(sender) = &mut self.sender {
+                    sender.client_says(payload, actions);
+                }
                 self.rewriter.inbound(payload, Checksum::Complete, now_us, actions);
             }
             ISN => {
                 let isn = Isn::from_bytes(payload)?;
-                self.rewriter.pvm_begins(&isn, now_us, Exit::Peer { epoch: self.epoch }, actions);
+                let exit = Exit::Peer { epoch: self.epoch };
+                if self.sender.is_some() {
+                    self.rewriter.pvm_begins(&isn, now_us, exit, &mut self.rewritten);
+                    self.send_rewritten(actions);
+                    self.flush(actions);
+                } else {
+                    self.rewriter.pvm_begins(&isn, now_us, exit, actions);
+                }
+            }
+            KEY if self.sender.is_some() => return Err(WireError::Malformed { kind }),
+            KEY => self.sender = Some(Sender::new(key_from_bytes(payload)?, self.policy.clone())),
+            ASK => {
+                let ask = Ask::from_bytes(payload)?;
+                match &mut self.sender {
+                    Some(sender) => sender.answer(&ask, self.epoch, actions),
+                    None => return Err(WireError::Kind(kind)),
+                }
             }
             _ if payload.is_empty() => {
                 self.marked = true;
@@ -150,6 +206,9 @@ impl Secondary {
             return Err(OrderError::Epoch { order: "commit", epoch, running: self.epoch });
         }
         self.rewriter.commit();
+        if let Some(sender) = &mut self.sender {
+            sender.forget(actions);
+        }
         self.epoch += 1;
         self.marked = false;
         if self.mode == Mode::Protected {
@@ -192,6 +251,7 @@ impl Secondary {
             return;
         }
         self.mode = Mode::Alone;
+        self.sender = None;
         self.addresses.announce(actions);
         self.announcements = ANNOUNCEMENTS_US.iter().map(|delay_us| now_us + delay_us).collect();
         self.rewriter.take_over(actions);
@@ -200,6 +260,7 @@ impl Secondary {
     /// This side has lost: nothing leaves any more.
     pub fn silence(&mut self) {
         self.mode = Mode::Silent;
+        self.sender = None;
         self.announcements.clear();
     }
 
@@ -217,6 +278,7 @@ impl Secondary {
             mirrored_bytes: self.mirrored_bytes,
             svm_packets: self.svm_packets,
             rewrite: self.rewriter.stats(),
+            digest: self.sender.as_ref().map(Sender::stats),
         }
     }
 }

@@ -66,6 +66,10 @@ impl Worker {
             protection.guest_output(frame);
             self.carry_out();
         }
+        if any && let Mode::Protected(protection) = &mut self.mode {
+            protection.guest_pauses();
+            self.carry_out();
+        }
         if let Some(ring) = &mut self.rings[TX] {
             ring.signal_used();
         }

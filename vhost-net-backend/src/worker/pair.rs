@@ -30,8 +30,10 @@ impl Worker {
             }
             (Command::Attach { role, epoch }, Mode::Closed) => {
                 let link = link.ok_or("The connection to the peer is missing")?;
-                let link = Link::new(link).map_err(|error| format!("The connection to the peer: {error}"))?;
-                let protection = Protection::new(*role, &self.config, *epoch, link);
+                let protection =
+                    Link::new(link).and_then(|link| Protection::new(*role, &self.config, *epoch, link));
+                let protection =
+                    protection.map_err(|error| format!("The connection to the peer: {error}"))?;
                 self.mode = Mode::Protected(Box::new(protection));
             }
             (Command::Silence, mode @ (Mode::Plain | Mode::Closed)) => *mode = Mode::Closed,

@@ -186,8 +186,7 @@ struct Host {
 }
 
 impl Host {
-    fn new(role: Role, link: &UnixStream, guest: Guest) -> Self {
-        let mut bench = Bench::start(true);
+    fn new(mut bench: Bench, role: Role, link: &UnixStream, guest: Guest) -> Self {
         bench.attach_to(role, link);
         bench.start_rings([0, 0]);
         for _ in 0..SIZE {
@@ -236,9 +235,14 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::with(|| Bench::start(true), [100, 33])
+    }
+
+    /// With such back ends, and guests that send no more at once.
+    fn with(bench: impl Fn() -> Bench, segment_bytes: [usize; 2]) -> Self {
         let (to_b, to_a) = UnixStream::pair().unwrap();
-        let mut a = Host::new(Role::Primary, &to_b, Guest::new(0, 100));
-        let mut b = Host::new(Role::Secondary, &to_a, Guest::new(0x1234_5678, 33));
+        let mut a = Host::new(bench(), Role::Primary, &to_b, Guest::new(0, segment_bytes[0]));
+        let mut b = Host::new(bench(), Role::Secondary, &to_a, Guest::new(0x1234_5678, segment_bytes[1]));
         for host in [&mut a, &mut b] {
             host.send(&[arp(1)]);
         }
@@ -364,6 +368,28 @@ fn connections_opened_before_and_after_a_checkpoint_survive_the_primary() {
     // the LAN was told where the guest is: by reverse ARP and by ARP
     let ethertypes: Vec<_> = world.others.iter().map(|frame| [frame[12], frame[13]]).collect();
     assert!(ethertypes.starts_with(&[[0x80, 0x35], [8, 6]]), "{ethertypes:02x?}");
+}
+
+#[test]
+fn digests_change_nothing_for_the_client() {
+    for segment_bytes in [[1000, 700], [700, 1000], [1300, 1300]] {
+        let mut world = World::with(Bench::start_digesting, segment_bytes);
+        world.client_opens(0);
+        world.guest_opens(1);
+        for epoch in 1..4 {
+            for part in 0..5 {
+                world.everyone_says(&[16 * epoch as u8 + part; 1400]);
+                world.settle();
+            }
+            world.checkpoint(epoch);
+            world.client_opens(1 + epoch as u16);
+        }
+        let told = world.b.bench.status("/pair/proxy/digest");
+        assert!(told["digests"].as_u64() > Some(40) && told["asked"] == 0, "{told}");
+        world.kill_a();
+        world.everyone_says(&[9; 1400]);
+        world.settle();
+    }
 }
 
 #[test]

@@ -30,6 +30,7 @@ use crate::control::NetHandler;
 use crate::device::{NetDevice, RX, TX};
 use crate::frame::{HEADER_BYTES, LEGACY_HEADER_BYTES};
 use crate::lan::Tap;
+use crate::proxy::DigestMode;
 
 const LIMIT: Duration = Duration::from_secs(10);
 /// Long enough for what must not happen to happen.
@@ -118,7 +119,17 @@ impl Bench {
         Self::start_with(protected, |tap| Port::Tap(Tap::from_packets(tap, !protected)))
     }
 
+    /// One that is to be protected, with digests whatever the link.
+    fn start_digesting() -> Self {
+        let config = Config { digest: DigestMode::On, ..Config::default() };
+        Self::start_configured(true, config, |tap| Port::Tap(Tap::from_packets(tap, false)))
+    }
+
     fn start_with(protected: bool, port: impl FnOnce(OwnedFd) -> Port) -> Self {
+        Self::start_configured(protected, Config::default(), port)
+    }
+
+    fn start_configured(protected: bool, config: Config, port: impl FnOnce(OwnedFd) -> Port) -> Self {
         let (ours, lan) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -142,8 +153,7 @@ impl Bench {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control");
         let server = Server::bind(&path).unwrap();
-        let settings =
-            Settings { pair: 0, protected, window: Duration::from_micros(50), proxy: Config::default() };
+        let settings = Settings { pair: 0, protected, window: Duration::from_micros(50), proxy: config };
         let worker = Worker::new(port(ours), mailbox, server.events(), settings);
         std::thread::spawn(|| worker.run());
         let device = Arc::new(NetDevice::new(vec![orders.clone()], 0, None));

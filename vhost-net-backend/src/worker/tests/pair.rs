@@ -1,7 +1,8 @@
 //! One half of a pair; the test is the other half and the controller.
 
 use super::*;
-use crate::wire::{EPOCH, MARKER, MIRROR, OUTPUT};
+use crate::test_frames::Tcp;
+use crate::wire::{EPOCH, KEY, MARKER, MIRROR, OUTPUT};
 
 fn half(role: Role) -> (Bench, Peer) {
     let mut bench = Bench::start(true);
@@ -24,6 +25,56 @@ fn the_primary_mirrors_what_it_delivers_and_holds_what_it_sends() {
     assert_eq!(bench.lan_receives(MOMENT), None);
     peer.send(OUTPUT, 1, &frame("out"));
     assert_eq!(bench.lan_receives(LIMIT), Some(frame("out")));
+}
+
+#[test]
+fn a_bulk_transfer_takes_less_than_a_twentieth_of_the_link() {
+    let (to_b, to_a) = UnixStream::pair().unwrap();
+    let [mut primary, mut secondary] =
+        [(Role::Primary, to_b), (Role::Secondary, to_a)].map(|(role, link)| {
+            let mut bench = Bench::start_digesting();
+            bench.attach_to(role, &link);
+            bench.start_rings([0, 0]);
+            bench
+        });
+    let mut bytes = 0;
+    for batch in 0..50u32 {
+        let frames: Vec<_> = (0..8)
+            .map(|index| {
+                let number = batch * 8 + index;
+                let data = vec![number as u8; 1448];
+                Tcp { seq: number * 1448, ack: Some(1), data: &data, ..Tcp::default() }.frame()
+            })
+            .collect();
+        for bench in [&mut primary, &mut secondary] {
+            for frame in &frames {
+                bench.guest_sends(frame);
+            }
+            for _ in &frames {
+                assert!(bench.queues[TX].used(LIMIT).is_some());
+            }
+        }
+        for frame in frames {
+            bytes += frame.len() as u64;
+            assert_eq!(primary.lan_receives(LIMIT), Some(frame));
+        }
+    }
+    let told = secondary.status("/pair/proxy/digest");
+    assert_eq!(told["output_bytes"], bytes);
+    let link_bytes = told["link_bytes"].as_u64().unwrap();
+    assert!(link_bytes * 20 < bytes, "{link_bytes} for {bytes}");
+    assert_eq!(primary.status("/pair/proxy/svm_link_bytes"), link_bytes);
+    assert_eq!(primary.status("/pair/proxy/compare/digests"), 400);
+}
+
+#[test]
+fn digests_are_for_a_network() {
+    let mut bench = Bench::start(true);
+    let mut peer = bench.attach(Role::Primary);
+    assert!(peer.is_silent(), "on one host copying is cheaper");
+    let mut bench = Bench::start_digesting();
+    peer = bench.attach(Role::Primary);
+    assert_eq!(peer.receive().0, KEY);
 }
 
 #[test]
