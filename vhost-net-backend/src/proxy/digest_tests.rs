@@ -1,6 +1,7 @@
 //! Both halves with digests between them: whatever either VM's segments are, what leaves is what leaves without.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
+use std::ops::Range;
 
 use colo::link::HEADER_BYTES;
 use proptest::prelude::*;
@@ -212,6 +213,28 @@ fn short_segments_and_events_go_whole_and_in_order() {
     pair.svm(&data(0, 999));
     pair.svm(&Tcp { client_port_offset: 1, ack: Some(1), ..Tcp::default() }.frame());
     assert_eq!(pair.kinds.last(), Some(&OUTPUT));
+}
+
+#[test]
+fn what_is_sent_again_goes_whole() {
+    let mut pair = Pair::new(true);
+    for (from, to) in [(0, 1000), (1000, 2000), (0, 1000), (2000, 2100), (2000, 3000), (3000, 4000)] {
+        pair.svm(&data(from, to));
+    }
+    pair.flush();
+    assert_eq!(pair.kinds, [DIGEST, OUTPUT, OUTPUT, OUTPUT, DIGEST]);
+}
+
+#[test]
+fn an_end_before_what_a_digest_tells_of_is_a_mismatch() {
+    let mut pair = Pair::new(true);
+    pair.svm(&data(0, 1000));
+    pair.svm(&data(1000, 2000));
+    pair.arrive();
+    pair.pvm(&Tcp { ack: Some(1), fin: true, data: &bytes(0, 1000), ..Tcp::default() }.frame());
+    let done = pair.done();
+    assert!(matches!(&done.wanted[..], [(Cause::Mismatch, _)]), "{done:?}");
+    assert_eq!(done.to_lan.len(), 0);
 }
 
 #[test]
@@ -478,10 +501,10 @@ struct Story {
     diverges_at: Option<u64>,
     /// What the PVM sent and has not left.
     held: Vec<Vec<u8>>,
-    /// Positions that the SVM said rightly in this epoch and whose messages are on their way, and those that arrived, or
-    /// were released.
-    said: Vec<u64>,
-    allowed: HashSet<u64>,
+    /// What the SVM said in this epoch and whose messages are on their way.
+    said: Vec<Range<u64>>,
+    /// Whether it arrived and was right, or was released, by position.
+    allowed: Vec<bool>,
     epoch: u64,
     wanted: Vec<(Cause, String)>,
 }
@@ -497,7 +520,7 @@ impl Story {
             diverges_at: None,
             held: Vec::new(),
             said: Vec::new(),
-            allowed: HashSet::new(),
+            allowed: Vec::new(),
             epoch: 1,
             wanted: Vec::new(),
         };
@@ -531,12 +554,28 @@ impl Story {
 
     fn svm_sends(&mut self, from: u64, to: u64, push: bool) {
         let frame = self.frame(true, from, to, push);
-        self.said.extend((from..to).filter(|at| Some(*at) != self.diverges_at));
+        self.said.push(from..to);
         self.pair.svm(&frame);
     }
 
+    fn is_allowed(&self, position: u64) -> bool {
+        self.allowed.get(position as usize).is_some_and(|allowed| *allowed)
+    }
+
+    fn allow(&mut self, range: Range<u64>) {
+        let range = range.start as usize..range.end as usize;
+        self.allowed.resize(self.allowed.len().max(range.end), false);
+        self.allowed[range].fill(true);
+    }
+
     fn arrive(&mut self) {
-        self.allowed.extend(self.said.drain(..));
+        for range in std::mem::take(&mut self.said) {
+            let wrong = self.diverges_at.filter(|at| range.contains(at) && !self.is_allowed(*at));
+            self.allow(range);
+            if let Some(at) = wrong {
+                self.allowed[at as usize] = false;
+            }
+        }
         self.pair.arrive();
         self.look(false);
     }
@@ -549,10 +588,9 @@ impl Story {
             self.held.remove(index);
             let seen = read(&frame);
             let from = u64::from(seen.seq.wrapping_sub(self.first));
-            for at in from..from + seen.data.len() as u64 {
-                assert!(committed || self.allowed.contains(&at), "unsaid byte {at}");
-                self.allowed.insert(at);
-            }
+            let range = from..from + seen.data.len() as u64;
+            assert!(committed || range.clone().all(|at| self.is_allowed(at)), "unsaid bytes in {range:?}");
+            self.allow(range);
         }
         self.wanted.extend(done.wanted);
     }
@@ -565,7 +603,7 @@ impl Story {
         assert!(self.held.is_empty());
         self.svm = self.pvm;
         self.delta = 0;
-        self.allowed.retain(|at| *at < self.pvm);
+        self.allowed.truncate(self.pvm as usize);
         self.diverges_at = None;
         self.wanted.clear();
     }
