@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 
+use crate::offload::FrameHeader;
 use crate::packet::{FlowKey, Transport, Vlan};
 
 /// Primary to secondary: a packet from the LAN for the guest.
@@ -17,6 +18,9 @@ pub const MARKER: u16 = 3;
 pub const OUTPUT: u16 = 4;
 /// Secondary to primary: the SVM is in this epoch now. No payload.
 pub const EPOCH: u16 = 5;
+
+/// Primary to secondary: as [`MIRROR`], behind a virtio-net header that says what the packet leaves to the guest.
+pub const HEADED_MIRROR: u16 = 16;
 
 /// Bytes of an [`Isn`] on the wire.
 pub const ISN_BYTES: usize = 56;
@@ -54,6 +58,9 @@ pub enum WireError {
     /// The payload's fields contradict each other.
     #[error("The peer sent an initial sequence number for no TCP connection")]
     Isn,
+    /// A packet's header names what is not in the packet.
+    #[error("The peer sent a packet whose header names what is not in it")]
+    Header,
     /// The message belongs to an epoch that cannot be.
     #[error("The peer sent a message of kind {kind} for epoch {epoch} while epoch {running} is running")]
     Epoch {
@@ -64,6 +71,19 @@ pub enum WireError {
         /// The epoch that is running here.
         running: u64,
     },
+}
+
+/// The packet in a [`MIRROR`] or a [`HEADED_MIRROR`], and what it leaves to the guest.
+///
+/// # Errors
+/// The peer sent something else.
+pub fn mirrored(kind: u16, payload: &[u8]) -> Result<(FrameHeader, &[u8]), WireError> {
+    if kind == MIRROR {
+        return Ok((FrameHeader::default(), payload));
+    }
+    let header = FrameHeader::read(payload).ok_or(WireError::Length { kind, bytes: payload.len() })?;
+    let frame = &payload[FrameHeader::BYTES..];
+    if header.is_within(frame.len()) { Ok((header, frame)) } else { Err(WireError::Header) }
 }
 
 impl Isn {

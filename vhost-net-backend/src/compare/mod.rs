@@ -26,6 +26,7 @@ use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
 use output::Output;
 use tcp::{Difference, Verdict, Wait};
 
+use crate::offload::FrameHeader;
 use crate::packet::{Flags, FlowKey, Kind, Packet};
 use crate::proxy::{Actions, Buffer, Cause};
 
@@ -360,7 +361,7 @@ impl Compare {
         if let (true, Protocol::Tcp(tcp)) = (flow.is_free(), &mut flow.protocol)
             && let Some(frame) = tcp.reopened_window()
         {
-            actions.push_copy_to_lan(&frame);
+            actions.push_copy_to_lan(FrameHeader::default(), &frame);
             self.stats.windows_reopened += 1;
         }
     }
@@ -462,7 +463,7 @@ impl Compare {
         self.commit_fragments(actions);
         self.flows.commit(|tcp| {
             if let Some(frame) = tcp.reopened_window() {
-                actions.push_copy_to_lan(&frame);
+                actions.push_copy_to_lan(FrameHeader::default(), &frame);
                 self.stats.windows_reopened += 1;
             }
         });
@@ -589,7 +590,8 @@ impl Compare {
 fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Output, clamp: bool, actions: &mut Actions) {
     if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (protocol, &packet.kind) {
         if clamp {
-            tcp.leaves(packet, segment, &mut frame);
+            let checksum = frame.checksum();
+            tcp.leaves(packet, segment, checksum, &mut frame);
         } else {
             tcp.leaves_unchanged(segment);
         }

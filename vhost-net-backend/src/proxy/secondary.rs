@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 use serde::Serialize;
 
 use super::{Actions, Buffer, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
-use crate::packet::checksum::Checksum;
+use crate::offload::FrameHeader;
 use crate::rewrite::{Exit, RewriteStats, Rewriter};
-use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, WireError};
+use crate::wire::{EPOCH, HEADED_MIRROR, ISN, Isn, MARKER, MIRROR, WireError, mirrored};
 
 /// How often the survivor announces itself, and how far apart, in microseconds: switches lose packets too.
 const ANNOUNCEMENTS_US: [u64; 4] = [50_000, 150_000, 250_000, 350_000];
@@ -76,7 +76,7 @@ impl Secondary {
             if self.mode == Mode::Protected {
                 self.addresses.learn_from_guest(&frame);
             }
-            self.rewriter.outbound(&frame, Checksum::Complete, now_us, exit, actions);
+            self.rewriter.outbound(frame.header, &frame, now_us, exit, actions);
         }
         actions.pool().give(frame);
     }
@@ -89,8 +89,19 @@ impl Secondary {
 
     /// A frame from this host's LAN. As long as the primary lives the guest gets it from there.
     pub fn lan_input(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        self.headed_lan_input(FrameHeader::default(), frame, now_us, actions);
+    }
+
+    /// The same of a frame that leaves something to the guest.
+    pub fn headed_lan_input(
+        &mut self,
+        header: FrameHeader,
+        frame: &[u8],
+        now_us: u64,
+        actions: &mut Actions,
+    ) {
         if self.mode == Mode::Alone {
-            self.rewriter.inbound(frame, Checksum::Complete, now_us, actions);
+            self.rewriter.inbound(header, frame, now_us, actions);
         }
     }
 
@@ -106,7 +117,7 @@ impl Secondary {
         now_us: u64,
         actions: &mut Actions,
     ) -> Result<(), WireError> {
-        if !matches!(kind, MIRROR | ISN | MARKER) {
+        if !matches!(kind, MIRROR | HEADED_MIRROR | ISN | MARKER) {
             return Err(WireError::Kind(kind));
         }
         if self.mode != Mode::Protected {
@@ -116,11 +127,12 @@ impl Secondary {
             return Err(WireError::Epoch { kind, epoch, running: self.epoch });
         }
         match kind {
-            MIRROR => {
+            MIRROR | HEADED_MIRROR => {
+                let (header, frame) = mirrored(kind, payload)?;
                 self.mirrored_packets += 1;
-                self.mirrored_bytes += payload.len() as u64;
-                self.addresses.learn_from_lan(payload);
-                self.rewriter.inbound(payload, Checksum::Complete, now_us, actions);
+                self.mirrored_bytes += frame.len() as u64;
+                self.addresses.learn_from_lan(frame);
+                self.rewriter.inbound(header, frame, now_us, actions);
             }
             ISN => {
                 let isn = Isn::from_bytes(payload)?;
