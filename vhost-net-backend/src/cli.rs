@@ -127,7 +127,7 @@ pub struct Serve {
 
     /// The same as inherited descriptors, one for each queue pair, separated by commas.
     ///
-    /// They must have been opened with IFF_TAP, IFF_NO_PI and, but for --protected, IFF_VNET_HDR.
+    /// They must have been opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR.
     #[arg(long, value_name = "FDS", value_delimiter = ',')]
     pub tap_fd: Vec<RawFd>,
 

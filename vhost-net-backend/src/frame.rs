@@ -2,6 +2,7 @@
 
 use colo::vhost_user::Chain;
 
+use crate::offload::{FrameHeader, Offloads};
 use crate::proxy::{Buffer, Pool};
 
 /// No frame is longer: the largest IP packet, an Ethernet header and two VLAN tags.
@@ -18,7 +19,7 @@ pub const LEGACY_HEADER_BYTES: usize = 10;
 /// A virtio-net header, without `num_buffers` for a driver from before virtio 1.0.
 pub(crate) type Header = [u8; HEADER_BYTES];
 /// The part of it that all have.
-pub(crate) type LegacyHeader = [u8; LEGACY_HEADER_BYTES];
+pub type LegacyHeader = [u8; LEGACY_HEADER_BYTES];
 
 /// Takes the header off what the guest sends. `None` when the rest is no frame: too short, too long.
 #[inline]
@@ -29,12 +30,13 @@ pub(crate) fn take_header(chain: &mut Chain, header_bytes: usize) -> Option<Head
     (whole && (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes)).then_some(header)
 }
 
-/// Copies the frame that the guest sends into memory of its own. `None` when it is no frame. Whatever the header asks for
-/// was never offered and is ignored.
-pub(crate) fn from_guest(chain: &mut Chain, header_bytes: usize, pool: &mut Pool) -> Option<Buffer> {
-    take_header(chain, header_bytes)?;
+/// Copies the frame that the guest sends into memory of its own. `None` when it is no frame, or its header is not to be
+/// admitted.
+pub(crate) fn from_guest(chain: &mut Chain, offloads: Offloads, pool: &mut Pool) -> Option<Buffer> {
+    let header = offloads.take_header(chain)?;
     let bytes = chain.readable_bytes() as usize;
     let mut frame = pool.take(bytes);
+    frame.header = FrameHeader::read(&header)?;
     (chain.copy_to(&mut frame) == bytes).then_some(frame)
 }
 

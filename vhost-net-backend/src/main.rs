@@ -17,6 +17,7 @@ use vhost_net_backend::control::NetHandler;
 use vhost_net_backend::control_queue::ControlQueue;
 use vhost_net_backend::device::{Config, NetDevice};
 use vhost_net_backend::lan::{Packet, Port, Tap, TapOptions};
+use vhost_net_backend::offload::Offloads;
 use vhost_net_backend::worker::{Settings, Worker};
 
 fn main() -> ExitCode {
@@ -71,8 +72,8 @@ fn serve(cli: &Serve) -> anyhow::Result<()> {
     );
     let ports = ports(cli, taps)?;
     let (offloads, mtu) = match &ports[0] {
-        _ if cli.protected => (0, 1500),
         Port::Null(_) => (0, 1500),
+        port if cli.protected => (Offloads::of_pair(port.offloads()), 1500),
         port => (port.offloads(), port.mtu()),
     };
     let (senders, mailboxes): (Vec<_>, Vec<_>) =
@@ -112,7 +113,7 @@ fn serve(cli: &Serve) -> anyhow::Result<()> {
 /// The way to the LAN of each queue pair.
 fn ports(cli: &Serve, taps: Vec<(i32, OwnedFd)>) -> anyhow::Result<Vec<Port>> {
     let queues = usize::from(cli.queue_pairs);
-    let options = TapOptions { queues, headers: !cli.protected };
+    let options = TapOptions { queues, headers: true };
     if let Some(null) = cli.null {
         return Ok(std::iter::repeat_with(|| Port::Null(null)).take(queues).collect());
     }

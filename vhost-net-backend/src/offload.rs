@@ -12,6 +12,7 @@ use virtio_bindings::bindings::virtio_net::{
 };
 
 use crate::frame::{self, FRAME_BYTES_MIN, HEADER_BYTES, Header, LEGACY_HEADER_BYTES, LegacyHeader};
+use crate::packet::checksum::Checksum;
 use crate::packet::segment::Large;
 
 const HDR_LEN_AT: usize = 2;
@@ -40,6 +41,51 @@ const TO_LAN: [u32; 5] = [
     VIRTIO_NET_F_HOST_USO,
 ];
 
+/// What a frame leaves to whoever gets it: a virtio-net header without `num_buffers` (virtio 1.2 §5.1.6).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrameHeader(LegacyHeader);
+
+impl FrameHeader {
+    /// Its bytes.
+    pub const BYTES: usize = LEGACY_HEADER_BYTES;
+
+    /// From its bytes, of which there may be more.
+    pub fn read(bytes: &[u8]) -> Option<Self> {
+        bytes.first_chunk().copied().map(Self)
+    }
+
+    /// As it lies in memory.
+    pub fn bytes(&self) -> &LegacyHeader {
+        &self.0
+    }
+
+    /// Whether it says nothing.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// What the checksum field of the frame's TCP header holds.
+    pub fn checksum(&self) -> Checksum {
+        if self.0[0] & NEEDS_CSUM == 0 { Checksum::Complete } else { Checksum::Partial }
+    }
+
+    /// Whether what it names is within a frame of so many bytes.
+    pub fn is_within(&self, frame_bytes: usize) -> bool {
+        match Left::by(&self.0) {
+            Left::Nothing => true,
+            Left::Checksum { .. } | Left::Segmentation(..) => {
+                let word = |at: usize| usize::from(u16::from_le_bytes([self.0[at], self.0[at + 1]]));
+                let (start, offset) = (word(CSUM_START_AT), word(CSUM_OFFSET_AT));
+                self.0[0] & NEEDS_CSUM != 0
+                    && start >= FRAME_BYTES_MIN
+                    && start + offset + 2 <= frame_bytes
+                    && word(HDR_LEN_AT) <= frame_bytes
+            }
+            Left::Unknown => false,
+        }
+    }
+}
+
 /// The offloads that a driver has negotiated, and the header that goes with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offloads {
@@ -61,6 +107,11 @@ impl Offloads {
             .chain([VIRTIO_NET_F_MRG_RXBUF])
             .filter(|bit| udp || !of_udp.contains(bit))
             .fold(0, |bits, bit| bits | 1 << bit)
+    }
+
+    /// Of these those that a pair can do: all but for UDP, whose datagrams are compared one by one.
+    pub fn of_pair(offloads: u64) -> u64 {
+        offloads & Self::of_linux(false)
     }
 
     fn has(self, bit: u32) -> bool {
@@ -123,6 +174,11 @@ impl Offloads {
             header[0] = 0;
         }
         accepted
+    }
+
+    /// Whether the guest takes a frame of so many bytes with this header; as [`Offloads::accept`].
+    pub(crate) fn accept_frame(self, header: &mut FrameHeader, frame_bytes: usize) -> bool {
+        header.is_within(frame_bytes) && self.accept(&mut header.0)
     }
 
     /// Takes the header off what the guest sends. `None` when the rest is no frame, or the header is not to be admitted.

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::digest::{Key, PRIME};
 use crate::link::Link;
+use crate::offload::FrameHeader;
 use crate::proxy::{Actions, Buffer, Config, DigestMode, OrderError, Primary, Secondary};
 use crate::wire::WireError;
 
@@ -90,18 +91,20 @@ fn random_key() -> io::Result<Box<Key>> {
 /// Frames that wait for the guest.
 #[derive(Debug, Default)]
 pub(crate) struct Undelivered {
-    frames: VecDeque<Vec<u8>>,
+    frames: VecDeque<Buffer>,
     bytes: usize,
 }
 
 impl Undelivered {
-    pub(crate) fn push(&mut self, frame: &[u8]) {
+    pub(crate) fn push(&mut self, frame: &Buffer) {
         self.bytes += frame.len();
-        self.frames.push_back(frame.to_vec());
+        let mut copy = Buffer::from(&frame[..]);
+        copy.header = frame.header;
+        self.frames.push_back(copy);
     }
 
-    pub(crate) fn front(&self) -> Option<&[u8]> {
-        self.frames.front().map(Vec::as_slice)
+    pub(crate) fn front(&self) -> Option<&Buffer> {
+        self.frames.front()
     }
 
     pub(crate) fn pop(&mut self) {
@@ -192,9 +195,9 @@ impl Protection {
         }
     }
 
-    pub(crate) fn lan_input(&mut self, frame: &[u8]) {
+    pub(crate) fn lan_input(&mut self, header: FrameHeader, frame: &[u8]) {
         let now_us = self.now_us();
-        both!(&mut self.half, proxy => proxy.lan_input(frame, now_us, &mut self.actions));
+        both!(&mut self.half, proxy => proxy.headed_lan_input(header, frame, now_us, &mut self.actions));
     }
 
     /// Hands the next frame of the peer to the proxy. False when there is none.

@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 
+use crate::offload::FrameHeader;
 use crate::packet::{FlowKey, Transport, Vlan};
 
 /// Primary to secondary: a packet from the LAN for the guest.
@@ -25,6 +26,9 @@ pub const DIGEST: u16 = 7;
 pub const ASK: u16 = 8;
 /// Secondary to primary: a packet of which a digest was sent before.
 pub const ANSWER: u16 = 9;
+
+/// Primary to secondary: as [`MIRROR`], behind a virtio-net header that says what the packet leaves to the guest.
+pub const HEADED_MIRROR: u16 = 16;
 
 /// Bytes of an [`Isn`] on the wire.
 pub const ISN_BYTES: usize = FLOW_BYTES + 12;
@@ -70,6 +74,9 @@ pub enum WireError {
         /// The message's kind.
         kind: u16,
     },
+    /// A packet's header names what is not in the packet.
+    #[error("The peer sent a packet whose header names what is not in it")]
+    Header,
     /// The message belongs to an epoch that cannot be.
     #[error("The peer sent a message of kind {kind} for epoch {epoch} while epoch {running} is running")]
     Epoch {
@@ -132,6 +139,19 @@ pub(crate) fn flow_from_bytes(bytes: &[u8; FLOW_BYTES]) -> Option<FlowKey> {
     };
     let transport = Transport::Tcp { guest_port: u16_at(40), remote_port: u16_at(42) };
     Some(FlowKey::Ip { vlan, guest: address(8), remote: address(24), transport })
+}
+
+/// The packet in a [`MIRROR`] or a [`HEADED_MIRROR`], and what it leaves to the guest.
+///
+/// # Errors
+/// The peer sent something else.
+pub fn mirrored(kind: u16, payload: &[u8]) -> Result<(FrameHeader, &[u8]), WireError> {
+    if kind == MIRROR {
+        return Ok((FrameHeader::default(), payload));
+    }
+    let header = FrameHeader::read(payload).ok_or(WireError::Length { kind, bytes: payload.len() })?;
+    let frame = &payload[FrameHeader::BYTES..];
+    if header.is_within(frame.len()) { Ok((header, frame)) } else { Err(WireError::Header) }
 }
 
 impl Isn {

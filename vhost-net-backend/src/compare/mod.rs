@@ -34,6 +34,7 @@ use pending::Remedy;
 use tcp::{Difference, Piece, TcpFlow, Verdict, Wait};
 
 use crate::digest::{Ask, Key, Run};
+use crate::offload::FrameHeader;
 use crate::packet::{Flags, FlowKey, Kind, Packet, Segment};
 use crate::policy::Policy;
 use crate::proxy::{Actions, Buffer, Cause};
@@ -493,7 +494,7 @@ impl Compare {
         if let (true, Protocol::Tcp(tcp)) = (flow.is_free(), &mut flow.protocol)
             && let Some(frame) = tcp.reopened_window()
         {
-            actions.push_copy_to_lan(&frame);
+            actions.push_copy_to_lan(FrameHeader::default(), &frame);
             self.stats.windows_reopened += 1;
         }
     }
@@ -595,7 +596,7 @@ impl Compare {
         self.commit_fragments(actions);
         self.flows.commit(|tcp| {
             if let Some(frame) = tcp.reopened_window() {
-                actions.push_copy_to_lan(&frame);
+                actions.push_copy_to_lan(FrameHeader::default(), &frame);
                 self.stats.windows_reopened += 1;
             }
         });
@@ -758,7 +759,8 @@ impl Compare {
 fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Output, clamp: bool, actions: &mut Actions) {
     if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (protocol, &packet.kind) {
         if clamp {
-            tcp.leaves(packet, segment, &mut frame);
+            let checksum = frame.checksum();
+            tcp.leaves(packet, segment, checksum, &mut frame);
         } else {
             tcp.leaves_unchanged(segment);
         }

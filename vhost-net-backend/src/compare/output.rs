@@ -2,6 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 
+use crate::packet::checksum::Checksum;
 use crate::packet::fragments::Datagram;
 use crate::proxy::{Actions, Buffer};
 
@@ -17,6 +18,14 @@ impl Output {
         match self {
             Self::Frame(frame) => frame.len(),
             Self::Fragments(datagram) => datagram.cost(),
+        }
+    }
+
+    /// What the checksum field of its TCP header holds.
+    pub(super) fn checksum(&self) -> Checksum {
+        match self {
+            Self::Frame(frame) => frame.header.checksum(),
+            Self::Fragments(_) => Checksum::Complete,
         }
     }
 

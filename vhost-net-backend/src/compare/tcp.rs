@@ -11,6 +11,7 @@ use super::pending::{Finding, Pending, Remedy, Said};
 use super::stream::{Agreement, Anchor, Ranges, Store};
 use super::window::Window;
 use crate::digest::{Key, Run};
+use crate::packet::checksum::Checksum;
 use crate::packet::{Flags, Kind, Packet, Segment, SynOptions};
 
 /// Whether a segment of the PVM may leave.
@@ -604,9 +605,15 @@ impl TcpFlow {
     }
 
     /// The segment, which has [`TcpFlow::passed`], leaves as `frame`; its window may be narrowed there.
-    pub(super) fn leaves(&mut self, packet: &Packet, segment: &Segment, frame: &mut [u8]) {
+    pub(super) fn leaves(
+        &mut self,
+        packet: &Packet,
+        segment: &Segment,
+        checksum: Checksum,
+        frame: &mut [u8],
+    ) {
         if segment.flags.0 & (Flags::SYN | Flags::RST) == 0 {
-            self.window.narrow(self.svm.edge, packet, segment, frame);
+            self.window.narrow(self.svm.edge, packet, segment, checksum, frame);
         }
     }
 

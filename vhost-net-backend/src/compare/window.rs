@@ -3,7 +3,8 @@
 //! Otherwise a client would send data that the PVM has room for and the SVM has not; the SVM would drop it, and get it
 //! only when the client's retransmission timer fires.
 
-use crate::packet::{Addresses, Flags, Kind, Packet, Segment, checksum};
+use crate::packet::checksum::{self, Checksum};
+use crate::packet::{Addresses, Flags, Kind, Packet, Segment};
 
 use super::tcp::{at_least, raise};
 
@@ -95,6 +96,7 @@ impl Window {
         svm_edge: Option<u32>,
         packet: &Packet,
         segment: &Segment,
+        checksum: Checksum,
         frame: &mut [u8],
     ) {
         let (Some(scale), Some(mut limit), Some(pvm_edge), true) =
@@ -114,8 +116,7 @@ impl Window {
             return;
         }
         let window = window(limit, segment.ack, scale);
-        let covered = segment.at;
-        checksum::replace(frame, covered + CHECKSUM_AT, covered, covered + WINDOW_AT, &window.to_be_bytes());
+        segment.change(frame, checksum, segment.at + WINDOW_AT, &window.to_be_bytes());
         raise(&mut self.released_edge, segment.ack.wrapping_add(u32::from(window) << scale));
         if let Kind::Tcp { addresses, .. } = packet.kind {
             self.narrowed = Some(Box::new(Narrowed {

@@ -9,7 +9,7 @@ use colo::vhost_user::Chain;
 
 use super::{Null, Outgoing, Packet, Sent, Tap};
 use crate::frame::Header;
-use crate::offload::Offloads;
+use crate::offload::{FrameHeader, Offloads};
 
 /// One queue pair's way to the LAN.
 #[derive(Debug)]
@@ -103,7 +103,7 @@ impl Port {
         }
     }
 
-    /// Takes one frame that leaves nothing to the guest. As [`Port::receive`], without a header.
+    /// Takes one frame into memory of our own, as [`Port::receive`].
     ///
     /// # Errors
     /// The tap or the interface is gone.
@@ -117,9 +117,14 @@ impl Port {
 
     /// Sends one frame that leaves nothing to anybody. Returns false when the kernel does not take it.
     pub(crate) fn write(&self, frame: &[u8]) -> bool {
+        self.write_headed(FrameHeader::default(), frame)
+    }
+
+    /// The same of one that leaves something to the kernel.
+    pub(crate) fn write_headed(&self, header: FrameHeader, frame: &[u8]) -> bool {
         match self {
-            Self::Tap(tap) => tap.write_bare(frame),
-            Self::Packet(packet) => packet.write(frame),
+            Self::Tap(tap) => tap.write_headed(header, frame),
+            Self::Packet(packet) => packet.write_headed(header, frame),
             Self::Null(_) => false,
         }
     }

@@ -12,7 +12,7 @@ use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, fstat};
 use super::pieces::{Outgoing, Sent, read_pieces, write_behind};
 use super::{LanError, interface};
 use crate::frame::{HEADER_BYTES, Header};
-use crate::offload::Offloads;
+use crate::offload::{FrameHeader, Offloads};
 
 /// What a tap has that nobody has asked.
 const MTU_DEFAULT: u16 = 1500;
@@ -281,9 +281,11 @@ impl Tap {
         write_behind(self.fd.as_fd(), &[], frame)
     }
 
-    /// Sends a frame without a header, which leaves nothing to anybody.
-    pub(crate) fn write_bare(&self, frame: &[u8]) -> bool {
-        write_behind(self.fd.as_fd(), &[0; HEADER_BYTES][..self.header_bytes], frame)
+    /// Sends a frame behind this header, as far as there are headers.
+    pub(crate) fn write_headed(&self, header: FrameHeader, frame: &[u8]) -> bool {
+        let mut whole = [0; HEADER_BYTES];
+        whole[..FrameHeader::BYTES].copy_from_slice(header.bytes());
+        write_behind(self.fd.as_fd(), &whole[..self.header_bytes], frame)
     }
 }
 

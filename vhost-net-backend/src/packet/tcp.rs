@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-use super::be16;
-use super::be32;
+use super::checksum::{self, Checksum};
+use super::{be16, be32};
 
 const HEADER_BYTES: usize = 20;
+/// Where in the header the checksum stands.
+const CHECKSUM_AT: usize = 16;
 
 const OPTION_END: u8 = 0;
 const OPTION_NOP: u8 = 1;
@@ -163,6 +165,17 @@ impl Segment {
             }
         }
         options
+    }
+
+    /// Overwrites `frame[at..]`, a part of the segment, and corrects the checksum if it covers that.
+    ///
+    /// # Panics
+    /// When that is outside of the frame.
+    pub fn change(&self, frame: &mut [u8], checksum: Checksum, at: usize, new: &[u8]) {
+        match checksum {
+            Checksum::Complete => checksum::replace(frame, self.at + CHECKSUM_AT, self.at, at, new),
+            Checksum::Partial => frame[at..at + new.len()].copy_from_slice(new),
+        }
     }
 
     /// The sequence number behind everything that the segment occupies: data, SYN and FIN.

@@ -5,14 +5,15 @@ use std::ops::Range;
 use serde::Serialize;
 
 use super::buffer::{Buffer, Pool};
+use crate::offload::FrameHeader;
 
 /// One thing to do, in the order in which the list gives them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action<'a> {
     /// Send this frame to the LAN.
-    ToLan(&'a [u8]),
+    ToLan(&'a Buffer),
     /// Give this frame to the guest.
-    ToGuest(&'a [u8]),
+    ToGuest(&'a Buffer),
     /// Send a frame to the peer's net back end.
     ToPeer {
         /// Its kind, of [`crate::wire`].
@@ -65,7 +66,7 @@ impl Cause {
 #[derive(Debug)]
 enum Entry {
     ToLan(Buffer),
-    ToGuest(Range<usize>),
+    ToGuest(Buffer),
     ToPeer { kind: u16, epoch: u64, payload: Range<usize> },
     CheckpointWanted { cause: Cause, detail: String },
     MarkerArrived { epoch: u64 },
@@ -89,7 +90,7 @@ impl Actions {
     pub fn clear(&mut self) {
         self.bytes.clear();
         for entry in self.entries.drain(..) {
-            if let Entry::ToLan(frame) = entry {
+            if let Entry::ToLan(frame) | Entry::ToGuest(frame) = entry {
                 self.pool.give(frame);
             }
         }
@@ -104,7 +105,7 @@ impl Actions {
     pub fn iter(&self) -> impl Iterator<Item = Action<'_>> {
         self.entries.iter().map(|entry| match entry {
             Entry::ToLan(frame) => Action::ToLan(frame),
-            Entry::ToGuest(frame) => Action::ToGuest(&self.bytes[frame.clone()]),
+            Entry::ToGuest(frame) => Action::ToGuest(frame),
             Entry::ToPeer { kind, epoch, payload } => {
                 Action::ToPeer { kind: *kind, epoch: *epoch, payload: &self.bytes[payload.clone()] }
             }
@@ -119,7 +120,7 @@ impl Actions {
         start..self.bytes.len()
     }
 
-    /// Memory for frames; what goes to the LAN comes back here.
+    /// Memory for frames; what goes to the LAN or the guest comes back here.
     pub fn pool(&mut self) -> &mut Pool {
         &mut self.pool
     }
@@ -130,20 +131,29 @@ impl Actions {
     }
 
     /// Adds a copy of a frame for the LAN; what is returned may still be changed.
-    pub fn push_copy_to_lan(&mut self, frame: &[u8]) -> &mut [u8] {
-        let frame = self.pool.copy_of(frame);
-        self.entries.push(Entry::ToLan(frame));
+    pub fn push_copy_to_lan(&mut self, header: FrameHeader, frame: &[u8]) -> &mut [u8] {
+        let frame = self.copy_of(header, frame);
+        self.push(Entry::ToLan(frame))
+    }
+
+    fn copy_of(&mut self, header: FrameHeader, frame: &[u8]) -> Buffer {
+        let mut frame = self.pool.copy_of(frame);
+        frame.header = header;
+        frame
+    }
+
+    fn push(&mut self, entry: Entry) -> &mut [u8] {
+        self.entries.push(entry);
         match self.entries.last_mut() {
-            Some(Entry::ToLan(frame)) => frame,
+            Some(Entry::ToLan(frame) | Entry::ToGuest(frame)) => frame,
             _ => &mut [],
         }
     }
 
     /// Adds a frame for the guest; what is returned may still be changed.
-    pub fn push_to_guest(&mut self, frame: &[u8]) -> &mut [u8] {
-        let range = self.keep(frame);
-        self.entries.push(Entry::ToGuest(range.clone()));
-        &mut self.bytes[range]
+    pub fn push_to_guest(&mut self, header: FrameHeader, frame: &[u8]) -> &mut [u8] {
+        let frame = self.copy_of(header, frame);
+        self.push(Entry::ToGuest(frame))
     }
 
     /// Adds a frame for the peer; what is returned may still be changed.
@@ -151,6 +161,13 @@ impl Actions {
         let range = self.keep(payload);
         self.entries.push(Entry::ToPeer { kind, epoch, payload: range.clone() });
         &mut self.bytes[range]
+    }
+
+    /// Adds a frame for the peer, behind its header, of a kind that says so.
+    pub fn push_headed_to_peer(&mut self, kind: u16, epoch: u64, header: FrameHeader, frame: &[u8]) {
+        let start = self.keep(header.bytes()).start;
+        let payload = start..self.keep(frame).end;
+        self.entries.push(Entry::ToPeer { kind, epoch, payload });
     }
 
     /// Adds a wish for a checkpoint.

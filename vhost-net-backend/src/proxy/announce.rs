@@ -6,6 +6,7 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 use super::Actions;
+use crate::offload::FrameHeader;
 use crate::packet::{
     ETHERNET_BYTES, ETHERTYPE_ARP, ETHERTYPE_IPV6, ETHERTYPE_RARP, Kind, PROTOCOL_ICMPV6, Packet, Transport,
     Vlan, checksum,
@@ -106,15 +107,21 @@ impl GuestAddresses {
     pub fn announce(&self, actions: &mut Actions) {
         for interface in &self.interfaces {
             // whatever the guest speaks, switches learn from this
-            actions.push_copy_to_lan(&interface.rarp_request());
+            actions.push_copy_to_lan(FrameHeader::default(), &interface.rarp_request());
             let used = interface.used.filter(|_| interface.claimed.is_empty());
             for address in interface.claimed.iter().copied().chain(used) {
                 match address {
                     IpAddr::V4(address) => {
-                        actions.push_copy_to_lan(&interface.arp(ETHERTYPE_ARP, 1, address.octets()));
+                        actions.push_copy_to_lan(
+                            FrameHeader::default(),
+                            &interface.arp(ETHERTYPE_ARP, 1, address.octets()),
+                        );
                     }
                     IpAddr::V6(address) => {
-                        actions.push_copy_to_lan(&interface.neighbour_advertisement(address));
+                        actions.push_copy_to_lan(
+                            FrameHeader::default(),
+                            &interface.neighbour_advertisement(address),
+                        );
                     }
                 }
             }

@@ -3,15 +3,19 @@
 
 use std::ops::{Deref, DerefMut};
 
+use crate::offload::FrameHeader;
+
 /// What a small buffer holds: a frame of an ordinary MTU.
 const SMALL_BYTES: usize = 2048;
 /// Buffers of either size that a pool keeps.
 const SPARE_SMALL_MAX: usize = 4096;
 const SPARE_LARGE_MAX: usize = 64;
 
-/// The bytes of one frame.
+/// The bytes of one frame, and what it leaves to whoever gets it.
 #[derive(Debug, Default)]
 pub struct Buffer {
+    /// What it leaves.
+    pub header: FrameHeader,
     /// As long as the longest frame that was here: never shortened, so that nothing is cleared twice.
     storage: Vec<u8>,
     bytes: usize,
@@ -29,9 +33,17 @@ impl Buffer {
 
 impl From<&[u8]> for Buffer {
     fn from(frame: &[u8]) -> Self {
-        Self { storage: frame.to_vec(), bytes: frame.len() }
+        Self { header: FrameHeader::default(), storage: frame.to_vec(), bytes: frame.len() }
     }
 }
+
+impl PartialEq for Buffer {
+    fn eq(&self, other: &Self) -> bool {
+        self.header == other.header && **self == **other
+    }
+}
+
+impl Eq for Buffer {}
 
 impl Deref for Buffer {
     type Target = [u8];
@@ -60,6 +72,7 @@ impl Pool {
         let spare = if bytes <= SMALL_BYTES { &mut self.small } else { &mut self.large };
         let mut buffer = spare.pop().unwrap_or_default();
         buffer.resize(bytes);
+        buffer.header = FrameHeader::default();
         buffer
     }
 

@@ -30,9 +30,13 @@ struct Pair {
 
 impl Pair {
     fn new(digests: bool) -> Self {
+        Self::with(&Config::default(), digests)
+    }
+
+    fn with(config: &Config, digests: bool) -> Self {
         let mut pair = Self {
-            primary: Primary::new(&Config::default(), 1, 0),
-            secondary: Secondary::new(&Config::default(), 1, 0),
+            primary: Primary::new(config, 1, 0),
+            secondary: Secondary::new(config, 1, 0),
             actions: Actions::new(),
             to_primary: VecDeque::new(),
             to_secondary: VecDeque::new(),
@@ -185,6 +189,16 @@ fn a_bulk_transfer_takes_less_than_a_twentieth_on_the_link_in_batches_and_alone(
 #[test]
 fn without_a_key_everything_goes_whole() {
     let mut pair = Pair::new(false);
+    pair.svm(&data(0, 1448));
+    pair.pvm(&data(0, 1448));
+    pair.arrive();
+    assert_eq!((pair.left().len(), &pair.kinds[..]), (1, &[OUTPUT][..]));
+}
+
+#[test]
+fn flows_with_a_policy_of_their_own_go_whole() {
+    let policy = r#"[{"protocol": "tcp", "action": "mask", "mask": [{"prefix": "abc", "length": 4}]}]"#;
+    let mut pair = Pair::with(&Config { policy: policy.parse().unwrap(), ..Config::default() }, true);
     pair.svm(&data(0, 1448));
     pair.pvm(&data(0, 1448));
     pair.arrive();

@@ -8,8 +8,11 @@ use serde::Serialize;
 use super::{Actions, Buffer, Config, HOUSEKEEPING_US, Mode, OrderError};
 use crate::compare::{Compare, CompareStats};
 use crate::digest::{Key, Names, Runs, key_to_bytes};
+use crate::offload::FrameHeader;
 use crate::packet::{Flags, Kind, Packet};
-use crate::wire::{ANSWER, ASK, DIGEST, EPOCH, ISN, Isn, KEY, MARKER, MIRROR, OUTPUT, WireError};
+use crate::wire::{
+    ANSWER, ASK, DIGEST, EPOCH, HEADED_MIRROR, ISN, Isn, KEY, MARKER, MIRROR, OUTPUT, WireError,
+};
 
 /// Figures of the primary's half.
 #[derive(Clone, Debug, Serialize)]
@@ -129,11 +132,22 @@ impl Primary {
 
     /// A frame from the LAN, which the PVM can take right now: what is mirrored before a marker must be part of the
     /// PVM's state at the checkpoint.
-    pub fn lan_input(&mut self, frame: &[u8], _now_us: u64, actions: &mut Actions) {
+    pub fn lan_input(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        self.headed_lan_input(FrameHeader::default(), frame, now_us, actions);
+    }
+
+    /// The same of a frame that leaves something to the guest.
+    pub fn headed_lan_input(
+        &mut self,
+        header: FrameHeader,
+        frame: &[u8],
+        _now_us: u64,
+        actions: &mut Actions,
+    ) {
         match self.mode {
             Mode::Silent => {}
             Mode::Detached | Mode::Alone => {
-                actions.push_to_guest(frame);
+                actions.push_to_guest(header, frame);
             }
             Mode::Protected => {
                 let packet = Packet::parse(frame);
@@ -144,8 +158,12 @@ impl Primary {
                     self.compare.remote_answers(&flow, scales);
                 }
                 let epoch = self.epoch + u64::from(self.marked);
-                actions.push_to_peer(MIRROR, epoch, frame);
-                actions.push_to_guest(frame);
+                if header.is_empty() {
+                    actions.push_to_peer(MIRROR, epoch, frame);
+                } else {
+                    actions.push_headed_to_peer(HEADED_MIRROR, epoch, header, frame);
+                }
+                actions.push_to_guest(header, frame);
                 self.mirrored_packets += 1;
                 self.mirrored_bytes += frame.len() as u64;
             }

@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use super::{Action, Actions, Buffer, Config, GuestAddresses, HOUSEKEEPING_US, Mode, OrderError};
 use crate::digest::{Ask, Sender, SenderStats, key_from_bytes};
-use crate::packet::checksum::Checksum;
+use crate::offload::FrameHeader;
 use crate::policy::Policy;
 use crate::rewrite::{Exit, RewriteStats, Rewriter};
-use crate::wire::{ASK, EPOCH, ISN, Isn, KEY, MARKER, MIRROR, WireError};
+use crate::wire::{ASK, EPOCH, HEADED_MIRROR, ISN, Isn, KEY, MARKER, MIRROR, WireError, mirrored};
 
 /// How often the survivor announces itself, and how far apart, in microseconds: switches lose packets too.
 const ANNOUNCEMENTS_US: [u64; 4] = [50_000, 150_000, 250_000, 350_000];
@@ -90,10 +90,10 @@ impl Secondary {
             }
             match (exit, &self.sender) {
                 (Exit::Peer { .. }, Some(_)) => {
-                    self.rewriter.outbound(&frame, Checksum::Complete, now_us, exit, &mut self.rewritten);
+                    self.rewriter.outbound(frame.header, &frame, now_us, exit, &mut self.rewritten);
                     self.send_rewritten(actions);
                 }
-                _ => self.rewriter.outbound(&frame, Checksum::Complete, now_us, exit, actions),
+                _ => self.rewriter.outbound(frame.header, &frame, now_us, exit, actions),
             }
         }
         actions.pool().give(frame);
@@ -126,8 +126,19 @@ impl Secondary {
 
     /// A frame from this host's LAN. As long as the primary lives the guest gets it from there.
     pub fn lan_input(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        self.headed_lan_input(FrameHeader::default(), frame, now_us, actions);
+    }
+
+    /// The same of a frame that leaves something to the guest.
+    pub fn headed_lan_input(
+        &mut self,
+        header: FrameHeader,
+        frame: &[u8],
+        now_us: u64,
+        actions: &mut Actions,
+    ) {
         if self.mode == Mode::Alone {
-            self.rewriter.inbound(frame, Checksum::Complete, now_us, actions);
+            self.rewriter.inbound(header, frame, now_us, actions);
         }
     }
 
@@ -143,7 +154,7 @@ impl Secondary {
         now_us: u64,
         actions: &mut Actions,
     ) -> Result<(), WireError> {
-        if !matches!(kind, MIRROR | ISN | MARKER | KEY | ASK) {
+        if !matches!(kind, MIRROR | HEADED_MIRROR | ISN | MARKER | KEY | ASK) {
             return Err(WireError::Kind(kind));
         }
         if self.mode != Mode::Protected {
@@ -153,14 +164,15 @@ impl Secondary {
             return Err(WireError::Epoch { kind, epoch, running: self.epoch });
         }
         match kind {
-            MIRROR => {
+            MIRROR | HEADED_MIRROR => {
+                let (header, frame) = mirrored(kind, payload)?;
                 self.mirrored_packets += 1;
-                self.mirrored_bytes += payload.len() as u64;
-                self.addresses.learn_from_lan(payload);
+                self.mirrored_bytes += frame.len() as u64;
+                self.addresses.learn_from_lan(frame);
                 if let Some(sender) = &mut self.sender {
-                    sender.client_says(payload, actions);
+                    sender.client_says(frame, actions);
                 }
-                self.rewriter.inbound(payload, Checksum::Complete, now_us, actions);
+                self.rewriter.inbound(header, frame, now_us, actions);
             }
             ISN => {
                 let isn = Isn::from_bytes(payload)?;

@@ -2,6 +2,7 @@
 
 use super::closing::Closing;
 use crate::compare::is_refusal;
+use crate::offload::FrameHeader;
 use crate::packet::checksum::{self, Checksum};
 use crate::packet::{Flags, Quoted, Segment, be32, edge_positions};
 
@@ -40,7 +41,7 @@ pub(super) struct Connection {
     /// The shift of the connection before, which the SVM still has while the PVM is on to the next one.
     previous: Option<Shift>,
     /// Packets of the SVM that wait for the PVM's SYN.
-    pub(super) held: Vec<(Vec<u8>, Checksum)>,
+    pub(super) held: Vec<(FrameHeader, Vec<u8>)>,
     pub(super) closing: Closing,
     clocks: Clocks,
     pub(super) last_us: u64,
@@ -128,14 +129,7 @@ pub(super) struct Change<'a> {
 
 impl Change<'_> {
     fn set(&mut self, at: usize, number: u32) {
-        let number = number.to_be_bytes();
-        match self.checksum {
-            Checksum::Complete => {
-                let tcp_at = self.segment.at;
-                checksum::replace(self.frame, tcp_at + CHECKSUM_AT, tcp_at, at, &number);
-            }
-            Checksum::Partial => self.frame[at..at + number.len()].copy_from_slice(&number),
-        }
+        self.segment.change(self.frame, self.checksum, at, &number.to_be_bytes());
     }
 }
 

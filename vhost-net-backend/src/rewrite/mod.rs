@@ -15,7 +15,7 @@ use std::collections::{HashMap, VecDeque};
 
 use serde::Serialize;
 
-use crate::packet::checksum::Checksum;
+use crate::offload::FrameHeader;
 use crate::packet::{Flags, FlowKey, Kind, Packet, Quoted, Segment};
 use crate::proxy::Actions;
 use crate::wire::{Isn, OUTPUT};
@@ -50,10 +50,10 @@ pub enum Exit {
 }
 
 impl Exit {
-    fn send<'a>(self, frame: &[u8], actions: &'a mut Actions) -> &'a mut [u8] {
+    fn send<'a>(self, header: FrameHeader, frame: &[u8], actions: &'a mut Actions) -> &'a mut [u8] {
         match self {
             Self::Peer { epoch } => actions.push_to_peer(OUTPUT, epoch, frame),
-            Self::Lan => actions.push_copy_to_lan(frame),
+            Self::Lan => actions.push_copy_to_lan(header, frame),
         }
     }
 }
@@ -111,9 +111,10 @@ impl Rewriter {
     /// A frame that is on its way to the SVM. An error about a segment of the guest (ICMP) quotes its number.
     ///
     /// It never has to wait for the SVM's SYN: the client learns of the PVM's only when the SVM's has been here.
-    pub fn inbound(&mut self, frame: &[u8], checksum: Checksum, now_us: u64, actions: &mut Actions) {
+    pub fn inbound(&mut self, header: FrameHeader, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        let checksum = header.checksum();
         let packet = Packet::parse_first_fragment(frame);
-        let frame = actions.push_to_guest(frame);
+        let frame = actions.push_to_guest(header, frame);
         if let (Kind::Tcp { segment, .. }, Some(key)) = (&packet.kind, packet.tcp_flow_to_guest()) {
             if let Some(connection) = self.connections.get_mut(&key) {
                 connection.last_us = now_us;
@@ -134,15 +135,15 @@ impl Rewriter {
     /// A frame that the SVM sent.
     pub fn outbound(
         &mut self,
+        header: FrameHeader,
         frame: &[u8],
-        checksum: Checksum,
         now_us: u64,
         exit: Exit,
         actions: &mut Actions,
     ) {
         let packet = Packet::parse_first_fragment(frame);
         let Kind::Tcp { segment, .. } = &packet.kind else {
-            exit.send(frame, actions);
+            exit.send(header, frame, actions);
             return;
         };
         let key = packet.flow_from_guest(frame);
@@ -150,23 +151,23 @@ impl Rewriter {
             self.svm_begins(&key, segment, frame, now_us, exit, actions);
         }
         let Some(connection) = self.connections.get_mut(&key) else {
-            exit.send(frame, actions);
+            exit.send(header, frame, actions);
             return;
         };
         connection.last_us = now_us;
         if let Some(shift) = connection.shift_in_use() {
-            let frame = exit.send(frame, actions);
-            connection.outbound(shift, Change { segment, checksum, frame });
+            let frame = exit.send(header, frame, actions);
+            connection.outbound(shift, Change { segment, checksum: header.checksum(), frame });
             self.stats.rewritten_out += 1;
         } else if connection.waits_for_pvm() {
             if self.stats.held_bytes + frame.len() <= self.limits.held_bytes_max {
                 self.stats.held_bytes += frame.len();
-                connection.held.push((frame.to_vec(), checksum));
+                connection.held.push((header, frame.to_vec()));
             } else {
                 self.stats.dropped += 1;
             }
         } else {
-            exit.send(frame, actions);
+            exit.send(header, frame, actions);
         }
     }
 
@@ -215,13 +216,13 @@ impl Rewriter {
         let Some(shift) = connection.shift() else {
             return;
         };
-        for (frame, checksum) in std::mem::take(&mut connection.held) {
+        for (header, frame) in std::mem::take(&mut connection.held) {
             self.stats.held_bytes -= frame.len();
             self.stats.rewritten_out += 1;
             let packet = Packet::parse_first_fragment(&frame);
-            let frame = exit.send(&frame, actions);
+            let frame = exit.send(header, &frame, actions);
             if let Kind::Tcp { segment, .. } = &packet.kind {
-                connection.outbound(shift, Change { segment, checksum, frame });
+                connection.outbound(shift, Change { segment, checksum: header.checksum(), frame });
             }
         }
     }
@@ -239,8 +240,8 @@ impl Rewriter {
         self.alone = true;
         self.stats.held_bytes = 0;
         self.connections.retain(|_, connection| {
-            for (frame, _) in connection.held.drain(..) {
-                actions.push_copy_to_lan(&frame);
+            for (header, frame) in connection.held.drain(..) {
+                actions.push_copy_to_lan(header, &frame);
             }
             connection.shift().is_some()
         });

@@ -7,8 +7,9 @@ use std::io;
 use colo::vhost_user::{Chain, Ring};
 
 use crate::control_queue::{FILTERED_BYTES, Filter};
-use crate::frame::LEGACY_HEADER_BYTES;
+use crate::frame::{HEADER_BYTES, LEGACY_HEADER_BYTES};
 use crate::lan::{IOVECS_MAX, Port, gather, scatter};
+use crate::offload::FrameHeader;
 
 /// A frame with its header that is no longer is small: it came from a LAN of ordinary Ethernet and is in one piece.
 const SMALL_BYTES: usize = 2048;
@@ -155,6 +156,18 @@ impl Buffers {
             unsafe { scatter(&self.iovecs[end..], 0, &spill[..spilled.min(spill.len())]) };
         }
         Ok(received)
+    }
+
+    /// Writes a header of so many bytes and a frame, for which there is room.
+    pub(super) fn write(&self, header: FrameHeader, header_bytes: usize, frame: &[u8]) {
+        let mut whole = [0; HEADER_BYTES];
+        whole[..FrameHeader::BYTES].copy_from_slice(header.bytes());
+        let pieces = &self.iovecs[self.first..];
+        // SAFETY: as in `receive`.
+        unsafe {
+            scatter(pieces, 0, &whole[..header_bytes]);
+            scatter(pieces, header_bytes, frame);
+        }
     }
 
     /// The frame's bytes that fit.

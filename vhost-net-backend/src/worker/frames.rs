@@ -5,6 +5,7 @@ use std::io;
 use super::{BATCH_FRAMES, Mode, Worker};
 use crate::device::{RX, TX};
 use crate::frame::{self, FRAME_BYTES_MIN};
+use crate::offload::FrameHeader;
 use crate::protection::Lan;
 
 impl Worker {
@@ -13,17 +14,20 @@ impl Worker {
         let (Some(ring), Mode::Protected(protection)) = (&mut self.rings[RX], &mut self.mode) else {
             return false;
         };
+        let (header_bytes, mergeable) = (self.offloads.header_bytes(), self.offloads.mergeable());
         let mut any = false;
         while let Some(frame) = protection.undelivered.front()
-            && ring.pop(&mut self.chain)
+            && self.buffers.take(ring, mergeable, header_bytes + frame.len())
         {
             any = true;
-            match frame::to_guest(&self.chain, self.offloads.header_bytes(), frame) {
-                Some(used) => ring.add_used(self.chain.head(), used),
-                None => {
-                    self.counters.guest_too_long += 1;
-                    ring.undo_pop(&self.chain);
-                }
+            let (mut header, bytes) = (frame.header, header_bytes + frame.len());
+            if bytes > self.buffers.room() {
+                self.counters.guest_too_long += 1;
+            } else if !self.offloads.accept_frame(&mut header, frame.len()) {
+                self.counters.guest_unusable += 1;
+            } else {
+                self.buffers.write(header, header_bytes, frame);
+                self.buffers.give(ring, header_bytes, bytes);
             }
             protection.undelivered.pop();
         }
@@ -55,7 +59,7 @@ impl Worker {
                 break;
             };
             let pool = protection.actions.pool();
-            let frame = frame::from_guest(&mut self.chain, self.offloads.header_bytes(), pool);
+            let frame = frame::from_guest(&mut self.chain, self.offloads, pool);
             ring.add_used(self.chain.head(), 0);
             let Some(frame) = frame else {
                 self.counters.guest_malformed += 1;
@@ -97,31 +101,34 @@ impl Worker {
             let Some(ring) = &mut self.rings[RX] else {
                 break;
             };
-            if !ring.has_available() {
+            let header_bytes = self.offloads.header_bytes();
+            if !self.buffers.take(ring, self.offloads.mergeable(), self.frame_room) {
                 break;
             }
             let Some(bytes) = self.port.read(&mut self.frame[..])? else {
                 break;
             };
             any = true;
-            let frame = &self.frame[..bytes];
-            if bytes < FRAME_BYTES_MIN {
+            if bytes < header_bytes + FRAME_BYTES_MIN {
                 continue;
             }
+            let (header, frame) = self.frame[..bytes].split_at(header_bytes);
+            let Some(header) = FrameHeader::read(header) else {
+                continue;
+            };
             self.counters.lan_frames += 1;
-            self.counters.lan_bytes += bytes as u64;
-            if !ring.pop(&mut self.chain) {
-                break;
-            }
-            if frame::room(&self.chain, self.offloads.header_bytes()) < bytes {
+            self.counters.lan_bytes += frame.len() as u64;
+            if bytes > self.buffers.room() {
                 self.counters.guest_too_long += 1;
-                ring.undo_pop(&self.chain);
                 continue;
             }
-            // mirrored, and delivered in the same breath
-            ring.undo_pop(&self.chain);
+            // what is mirrored is delivered in the same breath
+            if !self.offloads.accept_frame(&mut { header }, frame.len()) {
+                self.counters.guest_unusable += 1;
+                continue;
+            }
             if let Mode::Protected(protection) = &mut self.mode {
-                protection.lan_input(frame);
+                protection.lan_input(header, frame);
             }
             self.carry_out();
             self.deliver();

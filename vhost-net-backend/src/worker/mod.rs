@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 use self::buffers::Buffers;
 use crate::control_queue::Filter;
 use crate::device::RX;
-use crate::frame::FRAME_BYTES_MAX;
+use crate::frame::{FRAME_BYTES_MAX, HEADER_BYTES};
 use crate::lan::{Losses, Outgoing, Port};
 use crate::offload::Offloads;
 use crate::protection::{Lan, Protection};
@@ -101,6 +101,8 @@ pub struct Counters {
     pub guest_malformed: u64,
     /// Frames that did not fit into the guest's buffers.
     pub guest_too_long: u64,
+    /// Frames for the guest that leave something to it that it has not negotiated, or that contradict themselves.
+    pub guest_unusable: u64,
     /// Frames that the kernel did not take.
     pub lan_refused: u64,
     /// Frames for which the kernel had no room until the guest took them, where it tells us.
@@ -149,7 +151,8 @@ pub struct Worker {
     mode: Mode,
     polling: Polling,
     counters: Counters,
-    frame: Box<[u8; FRAME_BYTES_MAX]>,
+    /// One frame with its header.
+    frame: Box<[u8; HEADER_BYTES + FRAME_BYTES_MAX]>,
     /// The request in hand; between two turns nothing is in it.
     chain: Chain,
     /// And one for what goes back to the guest at once.
@@ -170,7 +173,7 @@ pub struct Settings {
 }
 
 impl Worker {
-    /// A worker for one queue pair. A tap has virtio-net headers unless the back end is to be protected.
+    /// A worker for one queue pair. A tap has virtio-net headers.
     pub fn new(port: Port, orders: Mailbox<Order>, events: EventSender, settings: Settings) -> Self {
         Self {
             port,
@@ -190,7 +193,7 @@ impl Worker {
             mode: if settings.protected { Mode::Closed } else { Mode::Plain },
             polling: Polling::new(settings.window),
             counters: Counters::default(),
-            frame: vec![0; FRAME_BYTES_MAX].try_into().expect("as long as it is made"),
+            frame: vec![0; HEADER_BYTES + FRAME_BYTES_MAX].try_into().expect("as long as it is made"),
             chain: Chain::new(),
             back: Chain::new(),
         }
@@ -332,11 +335,18 @@ impl Worker {
             Mode::Protected(protection) => Some(protection),
             Mode::Plain | Mode::Closed => None,
         };
-        let waiting = protection.is_some_and(|protection| !protection.undelivered.is_empty());
+        let first = protection.and_then(|protection| protection.undelivered.front());
+        let waiting = first.is_some();
+        let room = first.map_or(self.frame_room, |frame| self.offloads.header_bytes() + frame.len());
+        let mergeable = self.offloads.mergeable();
         let [rx, tx] = &mut self.rings;
         // A buffer for the guest's next frame is no work, the frame is; so the receive queue is waited for only while it is
-        // empty.
-        let can_receive = rx.as_mut().is_some_and(|ring| ring.enable_notification());
+        // short.
+        let enough = |ring: &mut Box<Ring>| {
+            self.buffers.take(ring, mergeable, room)
+                || ring.enable_notification() && self.buffers.take(ring, mergeable, room)
+        };
+        let can_receive = rx.as_mut().is_some_and(enough);
         let can_send = takes_output && tx.as_mut().is_some_and(|ring| ring.enable_notification());
         let takes_input = lan == Lan::Ignore || (lan == Lan::Deliver && can_receive);
         if can_send || (can_receive && waiting) || (takes_input && self.port.has_frame()) {

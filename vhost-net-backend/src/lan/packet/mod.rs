@@ -27,7 +27,7 @@ use super::{LanError, Losses, interface};
 use crate::frame::{
     FRAME_BYTES_MAX, FRAME_BYTES_MIN, HEADER_BYTES, Header, LEGACY_HEADER_BYTES, LegacyHeader,
 };
-use crate::offload::Offloads;
+use crate::offload::{FrameHeader, Offloads};
 
 /// How often to look whether an interface that is down is gone.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -197,7 +197,11 @@ impl Packet {
 
     /// Sends one frame that leaves nothing to anybody. Returns false when the kernel does not take it.
     pub fn write(&self, frame: &[u8]) -> bool {
-        write_behind(self.outgoing.as_fd(), &[0; LEGACY_HEADER_BYTES], frame)
+        self.write_headed(FrameHeader::default(), frame)
+    }
+
+    pub(super) fn write_headed(&self, header: FrameHeader, frame: &[u8]) -> bool {
+        write_behind(self.outgoing.as_fd(), header.bytes(), frame)
     }
 
     /// Takes one frame, with a header if the guest has headers; `None` when there is none.

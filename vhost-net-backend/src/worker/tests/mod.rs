@@ -116,13 +116,13 @@ struct Bench {
 
 impl Bench {
     fn start(protected: bool) -> Self {
-        Self::start_with(protected, |tap| Port::Tap(Tap::from_packets(tap, !protected)))
+        Self::start_with(protected, |tap| Port::Tap(Tap::from_packets(tap, true)))
     }
 
     /// One that is to be protected, with digests whatever the link.
     fn start_digesting() -> Self {
         let config = Config { digest: DigestMode::On, ..Config::default() };
-        Self::start_configured(true, config, |tap| Port::Tap(Tap::from_packets(tap, false)))
+        Self::start_configured(true, config, |tap| Port::Tap(Tap::from_packets(tap, true)))
     }
 
     fn start_with(protected: bool, port: impl FnOnce(OwnedFd) -> Port) -> Self {
@@ -182,7 +182,7 @@ impl Bench {
             lan,
             queues,
             header_bytes: HEADER_BYTES,
-            lan_header_bytes: if protected { 0 } else { HEADER_BYTES },
+            lan_header_bytes: HEADER_BYTES,
             client: Some(client),
             events,
             memory: map(&logs),
@@ -267,8 +267,11 @@ impl Bench {
     }
 
     fn lan_sends(&self, frame: &[u8]) {
-        let header = vec![0; self.lan_header_bytes];
-        rustix::io::write(&self.lan, &[&header, frame].concat()).unwrap();
+        self.lan_sends_with(&vec![0; self.lan_header_bytes], frame);
+    }
+
+    fn lan_sends_with(&self, header: &[u8], frame: &[u8]) {
+        rustix::io::write(&self.lan, &[header, frame].concat()).unwrap();
     }
 
     /// The next frame on the LAN, with its header.
@@ -276,7 +279,7 @@ impl Bench {
         if !readable(&self.lan, limit) {
             return None;
         }
-        let mut frame = vec![0; 2000];
+        let mut frame = vec![0; 70_000];
         let bytes = rustix::io::read(&self.lan, &mut frame).unwrap();
         frame.truncate(bytes);
         Some(frame)

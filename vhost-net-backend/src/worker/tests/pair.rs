@@ -1,8 +1,9 @@
 //! One half of a pair; the test is the other half and the controller.
 
 use super::*;
-use crate::test_frames::Tcp;
-use crate::wire::{EPOCH, KEY, MARKER, MIRROR, OUTPUT};
+use crate::packet::{FlowKey, Kind, Packet};
+use crate::test_frames::{Tcp, read};
+use crate::wire::{EPOCH, HEADED_MIRROR, ISN, Isn, KEY, MARKER, MIRROR, OUTPUT};
 
 fn half(role: Role) -> (Bench, Peer) {
     let mut bench = Bench::start(true);
@@ -302,4 +303,152 @@ fn an_svm_that_does_not_receive_slows_the_link_down() {
         assert!(sent < 20_000 * bytes.len(), "no backpressure");
     }
     assert_eq!(bench.status("/pair/undelivered_bytes").as_u64(), Some(waiting));
+}
+
+/// Bytes of payload in each segment of a large frame.
+const SEGMENT_BYTES: u16 = 900;
+
+/// The header of a TCP frame whose checksum, and if it is large whose segmentation, is left to the receiver.
+fn header_of(frame: &[u8]) -> [u8; HEADER_BYTES] {
+    let Kind::Tcp { segment, .. } = Packet::parse(frame).kind else { panic!("no TCP") };
+    let is_large = segment.payload.len() > usize::from(SEGMENT_BYTES);
+    let large = if is_large { [segment.payload.start as u16, SEGMENT_BYTES] } else { [0, 0] };
+    let mut header = [0; HEADER_BYTES];
+    (header[0], header[1]) = (1, u8::from(is_large));
+    for (at, word) in large.into_iter().chain([segment.at as u16, 16]).enumerate() {
+        header[2 + 2 * at..4 + 2 * at].copy_from_slice(&word.to_le_bytes());
+    }
+    header
+}
+
+/// A TCP frame whose checksum is that of the pseudo header only.
+fn open_frame(tcp: &Tcp<'_>) -> Vec<u8> {
+    let mut frame = tcp.frame();
+    let Kind::Tcp { addresses, segment } = Packet::parse(&frame).kind else { panic!("no TCP") };
+    let sum = !crate::packet::checksum::of_tcp(&addresses, &vec![0; frame.len() - segment.at]);
+    frame[segment.at + 16..segment.at + 18].copy_from_slice(&sum.to_be_bytes());
+    frame
+}
+
+/// What `read` finds when the checksum has been completed.
+fn completed(frame: &[u8]) -> crate::test_frames::Seen {
+    let Kind::Tcp { segment, .. } = Packet::parse(frame).kind else { panic!("no TCP") };
+    let mut frame = frame.to_vec();
+    assert!(crate::packet::segment::complete_checksum(&mut frame, segment.at, 16));
+    read(&frame)
+}
+
+fn with_offloads(role: Role) -> (Bench, Peer) {
+    let mut bench = Bench::start(true);
+    bench.features(Offloads::of_pair(u64::MAX) | 1 << VIRTIO_F_VERSION_1);
+    let peer = bench.attach(role);
+    bench.start_rings([0, 0]);
+    (bench, peer)
+}
+
+/// The next frame that the guest receives, in as many buffers as its header says, and the header without their number.
+fn receives_headed(bench: &mut Bench) -> (Vec<u8>, Vec<u8>) {
+    let mut buffer = bench.guest_buffer(LIMIT).unwrap();
+    let mut frame = buffer.split_off(HEADER_BYTES);
+    for _ in 1..u16::from_le_bytes([buffer[10], buffer[11]]) {
+        frame.extend(bench.guest_buffer(LIMIT).unwrap());
+    }
+    buffer.truncate(10);
+    (buffer, frame)
+}
+
+#[test]
+fn on_the_primary_frames_keep_what_they_leave_to_others() {
+    let (mut bench, mut peer) = with_offloads(Role::Primary);
+    let large =
+        open_frame(&Tcp { from_client: true, seq: 7, ack: Some(1), data: &[5; 1800], ..Tcp::default() });
+    let header = header_of(&large);
+    bench.lan_sends_with(&header, &large);
+    // it may be 64 KiB long
+    bench.offer_buffer();
+    assert!(peer.is_silent());
+    (0..8).for_each(|_| bench.offer_buffer());
+    assert_eq!(receives_headed(&mut bench), (header[..10].to_vec(), large.clone()));
+    assert_eq!(peer.receive(), (HEADED_MIRROR, 1, [&header[..10], &large].concat()));
+    (0..2).for_each(|_| bench.offer_buffer());
+    bench.lan_sends(&frame("small"));
+    assert_eq!(bench.guest_receives(LIMIT), Some(frame("small")));
+    assert_eq!(peer.receive(), (MIRROR, 1, frame("small")));
+
+    let tcp = Tcp { seq: 100, ack: Some(1), window: 9, ..Tcp::default() };
+    let large = open_frame(&Tcp { data: &[6; 1800], ..tcp.clone() });
+    bench.guest_sends_with(&header_of(&large), &large);
+    assert!(bench.queues[TX].used(LIMIT).is_some());
+    // the SVM says the same in segments of its own
+    peer.send(OUTPUT, 1, &Tcp { data: &[6; 700], ..tcp.clone() }.frame());
+    assert_eq!(bench.lan_receives(MOMENT), None);
+    peer.send(OUTPUT, 1, &Tcp { seq: 800, data: &[6; 1100], ..tcp }.frame());
+    assert_eq!(bench.lan_receives_with(LIMIT), Some([&header_of(&large)[..], &large].concat()));
+}
+
+#[test]
+fn on_the_primary_a_narrowed_window_leaves_an_open_checksum_open() {
+    let (mut bench, mut peer) = with_offloads(Role::Primary);
+    let tcp = Tcp { seq: 100, ack: Some(1), syn: true, window: 1000, ..Tcp::default() };
+    let syn = open_frame(&tcp);
+    bench.guest_sends_with(&header_of(&syn), &syn);
+    assert_eq!(peer.receive().0, ISN);
+    peer.send(OUTPUT, 1, &tcp.frame());
+    assert_eq!(bench.lan_receives_with(LIMIT).map(|frame| frame[HEADER_BYTES..].to_vec()), Some(syn));
+    let data = |window| Tcp { seq: 101, syn: false, window, data: b"abc", ..tcp.clone() };
+    peer.send(OUTPUT, 1, &data(2000).frame());
+    let sent = open_frame(&data(5000));
+    bench.guest_sends_with(&header_of(&sent), &sent);
+    let left = bench.lan_receives_with(LIMIT).unwrap();
+    assert_eq!(left, [&header_of(&sent)[..], &open_frame(&data(2000))].concat());
+    assert_eq!(completed(&left[HEADER_BYTES..]).window, 2000);
+}
+
+#[test]
+fn on_the_secondary_frames_keep_what_they_leave_to_others_and_go_on_doing_so_alone() {
+    let (mut bench, mut peer) = with_offloads(Role::Secondary);
+    let tcp = Tcp { seq: 5000, ack: Some(1), ..Tcp::default() };
+    let syn = open_frame(&Tcp { syn: true, ..tcp.clone() });
+    let flow: FlowKey = Packet::parse(&syn).flow_from_guest(&syn);
+    peer.send(ISN, 1, &Isn { flow, isn: 100, timestamp: None }.to_bytes().unwrap());
+    bench.guest_sends_with(&header_of(&syn), &syn);
+    let (kind, _, frame) = peer.receive();
+    assert_eq!((kind, frame), (OUTPUT, open_frame(&Tcp { seq: 100, syn: true, ..tcp.clone() })));
+
+    let client =
+        |ack, data| open_frame(&Tcp { from_client: true, seq: 1, ack: Some(ack), data, ..Tcp::default() });
+    let (mirrored, expected) = (client(101, &[3; 1900]), client(5001, &[3; 1900]));
+    let header = header_of(&mirrored);
+    (0..2).for_each(|_| bench.offer_buffer());
+    peer.send(HEADED_MIRROR, 1, &[&header[..10], &mirrored].concat());
+    assert_eq!(receives_headed(&mut bench), (header[..10].to_vec(), expected));
+
+    bench.call(&Command::TakeOver).unwrap();
+    let sent = |seq| open_frame(&Tcp { seq, data: &[4; 1800], ..tcp.clone() });
+    bench.guest_sends_with(&header_of(&sent(5001)), &sent(5001));
+    let left = std::iter::from_fn(|| bench.lan_receives_with(LIMIT)).find(|frame| frame[0] != 0).unwrap();
+    assert_eq!(left, [&header_of(&sent(101))[..], &sent(101)].concat());
+    (0..8).for_each(|_| bench.offer_buffer());
+    let answer = client(1901, b"");
+    bench.lan_sends_with(&header_of(&answer), &answer);
+    assert_eq!(receives_headed(&mut bench), (header_of(&answer)[..10].to_vec(), client(6801, b"")));
+}
+
+#[test]
+fn what_a_frame_leaves_must_be_in_it_and_must_have_been_negotiated() {
+    let (mut bench, mut peer) = half(Role::Secondary);
+    let frame = open_frame(&Tcp { from_client: true, ack: Some(1), data: b"abc", ..Tcp::default() });
+    let header = header_of(&frame);
+    bench.offer_buffer();
+    peer.send(HEADED_MIRROR, 1, &[&header[..10], &frame].concat());
+    peer.send(MIRROR, 1, &super::frame("in"));
+    assert_eq!(bench.guest_receives(LIMIT), Some(super::frame("in")));
+    assert_eq!(bench.status("/frames/guest_unusable"), 1);
+    // and the guest is held to it as well
+    bench.guest_sends_with(&header, &frame);
+    assert!(bench.queues[TX].used(LIMIT).is_some());
+    assert_eq!(bench.status("/frames/guest_malformed"), 1);
+    peer.send(HEADED_MIRROR, 1, &[&header[..10], &frame[..40]].concat());
+    let Event::LinkLost { reason } = bench.event() else { panic!("another event") };
+    assert!(reason.contains("header"), "{reason}");
 }
