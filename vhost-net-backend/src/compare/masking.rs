@@ -1,15 +1,15 @@
 //! A masked flow: what of its packets is compared.
 //!
-//! The masked bytes of both VMs' packets become the same ones in copies, and these are compared instead. Of a TCP stream
-//! each direction is followed in order. What comes again gets the mask that it had; what comes too early is taken for a
-//! new beginning, and may cost a checkpoint.
+//! The masked bytes of both VMs' packets become the same ones in copies, and these are compared instead. Each VM's TCP
+//! stream is followed in order. What comes again stays as it is: of each byte the first copy is the one that is
+//! compared. What comes too early is taken for a new beginning, and may cost a checkpoint.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::stream::{Anchor, Ranges};
+use super::stream::Anchor;
 use crate::packet::{Flags, Kind, Packet, Segment};
 use crate::policy::{Cursor, Mask};
 
@@ -32,7 +32,7 @@ pub(super) struct Masking {
 type Masked = SmallVec<[Range<usize>; 4]>;
 
 /// One VM's stream.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Stream {
     isn: Option<u32>,
     anchor: Anchor,
@@ -41,8 +41,6 @@ struct Stream {
     /// Up to where it has been followed.
     followed: Option<u64>,
     cursor: Cursor,
-    /// Positions that are masked, as far as they are remembered.
-    masked: Ranges,
 }
 
 impl Masking {
@@ -79,7 +77,7 @@ impl Masking {
 
     /// A checkpoint was committed: the SVM is what the PVM is.
     pub(super) fn commit(&mut self) {
-        self.svm = self.pvm.clone();
+        self.svm = self.pvm;
     }
 }
 
@@ -102,12 +100,7 @@ impl Stream {
         }
         let from = self.anchor.place(segment.seq) + u64::from(syn);
         let to = from + data.len() as u64;
-        let place = |position: u64| segment.payload.start + (position - from) as usize;
         let followed = self.followed.unwrap_or(from);
-        // once more
-        for (start, end) in self.masked.within(from, to.min(followed)) {
-            ranges.push(place(start)..place(end));
-        }
         if to <= followed {
             return ranges;
         }
@@ -115,12 +108,11 @@ impl Stream {
             self.cursor = Cursor::default();
         }
         let next = from.max(followed);
+        let known = (next - from) as usize;
         let at = self.start.map(|start| next.saturating_sub(start));
-        let (masked, cursor) = (&mut self.masked, &mut self.cursor);
-        mask.cover(cursor, at, &data[(next - from) as usize..], |range| {
-            let (start, end) = (next + range.start as u64, next + range.end as u64);
-            masked.insert(start, end);
-            ranges.push(place(start)..place(end));
+        let first = segment.payload.start + known;
+        mask.cover(&mut self.cursor, at, &data[known..], |range| {
+            ranges.push(first + range.start..first + range.end);
         });
         self.followed = Some(to);
         self.anchor.advance(to);

@@ -71,12 +71,6 @@ impl Ranges {
         }
     }
 
-    /// The stretches of `start..end` that are in the set.
-    pub(super) fn within(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
-        let cut = move |range: &(u64, u64)| (range.0.max(start), range.1.min(end));
-        self.0.iter().map(cut).filter(|(start, end)| start < end)
-    }
-
     /// The first stretch of `start..end` that is not in the set.
     pub(super) fn first_gap(&self, start: u64, end: u64) -> Option<(u64, u64)> {
         let next = match &self.0[..] {
@@ -285,8 +279,6 @@ mod tests {
                 (first, (first..end).find(|position| model.contains(position)).unwrap_or(end))
             });
             prop_assert_eq!(set.first_gap(start, end), gap);
-            let within: Vec<u64> = set.within(start, end).flat_map(|(start, end)| start..end).collect();
-            prop_assert_eq!(within, model.range(start..end).copied().collect::<Vec<_>>());
         }
 
         #[test]

@@ -569,6 +569,12 @@ fn masked_bytes_may_differ_and_nothing_else() {
     assert_eq!(bench.svm(&theirs), leaves(&[&syn]));
     assert_eq!(bench.pvm(&data(13, b"34\r\nx")), nothing());
     assert_eq!(bench.svm(&data(13, b"56\r\nx")), leaves(&[&data(13, b"34\r\nx")]));
+    // and another, which begins where the last one has been
+    let syn = Tcp { seq: 8, ack: Some(1), syn: true, ..Tcp::default() }.frame();
+    assert_eq!(bench.svm(&syn), nothing());
+    assert_eq!(bench.pvm(&syn), leaves(&[&syn]));
+    assert_eq!(bench.pvm(&data(9, b"Date: 1")), nothing());
+    assert_eq!(bench.svm(&data(9, b"Date: 2")), leaves(&[&data(9, b"Date: 1")]));
 }
 
 #[test]
