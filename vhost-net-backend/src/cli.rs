@@ -36,6 +36,7 @@ The control command `status` answers with:
                         what was taken from the guest and from the LAN
   frames.guest_malformed, guest_too_long, lan_refused
                         what the guest sent and is no frame, what did not fit its buffers, what the kernel refused
+  frames.guest_unusable with --protected: what would leave to the guest what it has not negotiated
   frames.lan_missed, lan_unusable
                         with --interface: what the kernel had no room for until the guest took it, and what was left to
                         the receiver in a form that nobody here knows

@@ -395,6 +395,36 @@ mod tests {
         assert_eq!(Offloads::negotiated(all() & !(1 << VIRTIO_NET_F_GUEST_CSUM)).tap_flags(), 0);
     }
 
+    #[test]
+    fn a_pair_offers_the_same_on_any_host_and_nothing_for_udp() {
+        let udp = [VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6];
+        let of_pair = Offloads::of_pair(Offloads::of_linux(true));
+        assert_eq!(of_pair, Offloads::of_pair(Offloads::of_linux(false)));
+        assert!(udp.iter().all(|bit| of_pair >> bit & 1 == 0));
+        for bit in
+            [VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_MRG_RXBUF]
+        {
+            assert_eq!(of_pair >> bit & 1, 1);
+        }
+    }
+
+    #[test]
+    fn a_frames_header_names_nothing_outside_of_it() {
+        let is_within = |header: Header, bytes| FrameHeader::read(&header).unwrap().is_within(bytes);
+        let checksum = header(1, 0, [0, 0, 34, 16]);
+        assert!(is_within(checksum, 52) && !is_within(checksum, 51));
+        let large = header(1, 1, [66, 1448, 34, 16]);
+        assert!(is_within(large, 66) && !is_within(large, 65));
+        // the Ethernet header is nobody's to sum up, a large frame needs a checksum, and UFO is no more
+        for lie in
+            [header(1, 0, [0, 0, 13, 16]), header(0, 1, [54, 1448, 34, 16]), header(1, 3, [54, 1448, 34, 16])]
+        {
+            assert!(!is_within(lie, 4000), "{lie:?}");
+        }
+        assert!(is_within(header(2, 0, [0; 4]), 14));
+        assert_eq!(FrameHeader::read(&[0; 9]), None);
+    }
+
     proptest! {
         /// What is admitted names no byte outside of its frame, and is admitted again unchanged.
         #[test]

@@ -19,6 +19,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use vhost_net_backend::compare::CompareStats;
 use vhost_net_backend::lan::{Tap, TapOptions};
+use vhost_net_backend::offload::{FrameHeader, Offloads};
 use vhost_net_backend::proxy::{Action, Actions, Buffer, Config, Primary, Secondary};
 
 const GUEST: &str = "10.0.0.9";
@@ -34,6 +35,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 fn stack<T: Send + 'static>(
     address: &'static str,
     mac: &'static str,
+    offloads: bool,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Option<(Tap, JoinHandle<T>)> {
     let (made, tap) = channel();
@@ -48,7 +50,9 @@ fn stack<T: Send + 'static>(
             assert!(done.is_ok_and(|status| status.success()), "ip {arguments}");
         };
         std::fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").unwrap();
-        let tap = Tap::open("eth0", TapOptions { queues: 1, headers: false }).unwrap().remove(0);
+        let mut tap = Tap::open("eth0", TapOptions { queues: 1, headers: true }).unwrap().remove(0);
+        let features = if offloads { Offloads::of_pair(u64::MAX) } else { 0 };
+        tap.set_offloads(Offloads::negotiated(features)).unwrap();
         ip(&format!("link set eth0 address {mac}"));
         ip(&format!("addr add {address}/24 dev eth0"));
         made.send(tap).unwrap();
@@ -269,6 +273,10 @@ struct World {
     lan: Tap,
     /// To the primary or not, due when, and what.
     link: VecDeque<(bool, u64, u16, u64, Vec<u8>)>,
+    /// Of the header before each frame.
+    header_bytes: usize,
+    /// Frames longer than the LAN's, from the PVM, the SVM and the client.
+    large: [u64; 3],
     weather: Weather,
     svm_sleeps_until_us: u64,
     wanted: Vec<String>,
@@ -276,9 +284,23 @@ struct World {
     origin: Instant,
 }
 
+/// A frame that a tap has given, behind its header. Counts those that are longer than the LAN's.
+fn frame_of(bytes: &[u8], header_bytes: usize, large: &mut u64) -> Buffer {
+    let mut frame = Buffer::from(&bytes[header_bytes..]);
+    frame.header = FrameHeader::read(bytes).unwrap();
+    *large += u64::from(frame.len() > 1514);
+    frame
+}
+
 impl World {
     fn now_us(&self) -> u64 {
         self.origin.elapsed().as_micros() as u64
+    }
+
+    /// Sends a frame with its header.
+    fn write(&self, tap: &Tap, frame: &Buffer) {
+        let header = &[&frame.header.bytes()[..], &[0; 2]].concat()[..self.header_bytes];
+        tap.write(&[header, frame].concat());
     }
 
     fn carry_out(&mut self, of_primary: bool) {
@@ -287,12 +309,12 @@ impl World {
             match action {
                 Action::ToLan(frame) => {
                     if !self.weather.loses() {
-                        self.lan.write(frame);
+                        self.write(&self.lan, frame);
                     }
                 }
                 Action::ToGuest(frame) => {
                     let tap = if of_primary { &self.pvm } else { &self.svm };
-                    tap.write(frame);
+                    self.write(tap, frame);
                 }
                 Action::ToPeer { kind, epoch, payload } => {
                     let due_us = self.now_us() + self.weather.link_us;
@@ -316,15 +338,18 @@ impl World {
             if self.weather.loses() {
                 continue;
             }
+            let frame = frame_of(&frame[..bytes], self.header_bytes, &mut self.large[2]);
+            let header = frame.header;
             match &mut self.primary {
-                Some(primary) => primary.lan_input(&frame[..bytes], now_us, &mut self.actions),
-                None => self.secondary.lan_input(&frame[..bytes], now_us, &mut self.actions),
+                Some(primary) => primary.headed_lan_input(header, &frame, now_us, &mut self.actions),
+                None => self.secondary.headed_lan_input(header, &frame, now_us, &mut self.actions),
             }
             self.carry_out(self.primary.is_some());
         }
         if let Some(primary) = &mut self.primary {
             while let Ok(Some(bytes)) = self.pvm.read(&mut frame) {
-                primary.guest_output(Buffer::from(&frame[..bytes]), now_us, &mut self.actions);
+                let frame = frame_of(&frame[..bytes], self.header_bytes, &mut self.large[0]);
+                primary.guest_output(frame, now_us, &mut self.actions);
             }
             primary.tick(now_us, &mut self.actions);
             self.carry_out(true);
@@ -335,7 +360,8 @@ impl World {
         while self.svm_sleeps_until_us <= now_us
             && let Ok(Some(bytes)) = self.svm.read(&mut frame)
         {
-            self.secondary.guest_output(Buffer::from(&frame[..bytes]), now_us, &mut self.actions);
+            let frame = frame_of(&frame[..bytes], self.header_bytes, &mut self.large[1]);
+            self.secondary.guest_output(frame, now_us, &mut self.actions);
         }
         self.secondary.tick(now_us, &mut self.actions);
         self.carry_out(false);
@@ -369,10 +395,19 @@ fn play(
     weather: Weather,
     client: impl FnOnce(&TcpListener, &Sender<()>, &Receiver<()>) + Send + 'static,
 ) -> Option<CompareStats> {
+    Some(play_with(false, weather, client)?.0)
+}
+
+/// Plays with stacks that leave checksums and segmentation to others, or not. How many frames were large, from whom.
+fn play_with(
+    offloads: bool,
+    weather: Weather,
+    client: impl FnOnce(&TcpListener, &Sender<()>, &Receiver<()>) + Send + 'static,
+) -> Option<(CompareStats, [u64; 3])> {
     let (kill, wants_kill) = channel();
     let (is_killed, killed) = channel();
     let (listens, listening) = channel();
-    let client = stack(CLIENT, "02:00:00:00:00:01", move || {
+    let client = stack(CLIENT, "02:00:00:00:00:01", offloads, move || {
         let listener = TcpListener::bind((CLIENT, REVERSE)).unwrap();
         listens.send(()).unwrap();
         client(&listener, &kill, &killed);
@@ -384,8 +419,8 @@ fn play(
     // the guests connect once, and both are to find it there
     listening.recv().unwrap();
     let mac = "02:00:00:00:00:09";
-    let (pvm, _) = stack(GUEST, mac, guest).unwrap();
-    let (svm, _) = stack(GUEST, mac, guest).unwrap();
+    let (pvm, _) = stack(GUEST, mac, offloads, guest).unwrap();
+    let (svm, _) = stack(GUEST, mac, offloads, guest).unwrap();
     let mut config = Config::default();
     // a busy machine may keep one stack waiting; what waits for something that never comes waits longer still
     config.compare.held_us_max = 1_000_000;
@@ -397,6 +432,9 @@ fn play(
         svm,
         lan,
         link: VecDeque::new(),
+        header_bytes: Offloads::negotiated(if offloads { Offloads::of_pair(u64::MAX) } else { 0 })
+            .header_bytes(),
+        large: [0; 3],
         weather,
         svm_sleeps_until_us: 0,
         wanted: Vec::new(),
@@ -426,7 +464,7 @@ fn play(
     }
     client.join().unwrap();
     assert!(world.secondary.stats().rewrite.rewritten_out > 0);
-    compared
+    Some((compared?, world.large))
 }
 
 const FAIR: Weather =
@@ -472,5 +510,20 @@ fn a_primary_that_dies_under_load_is_not_missed() {
         if play(weather, move |_, kill, killed| turmoil(kill, killed, after)).is_none() {
             return;
         }
+    }
+}
+
+#[test]
+fn large_frames_are_compared_and_rewritten_whole() {
+    // a lost frame takes many segments with it
+    for lost_one_of in [None, Some(100)] {
+        let weather = Weather { link_us: 200, lost_one_of, ..FAIR };
+        let Some((compared, large)) =
+            play_with(true, weather, |listener, kill, killed| sequence(50, listener, kill, killed))
+        else {
+            return;
+        };
+        assert!(compared.released_by_match > 100);
+        assert!(large.iter().all(|count| *count > 10), "{large:?}");
     }
 }
