@@ -21,8 +21,7 @@ use std::collections::VecDeque;
 use datagrams::essence;
 use flows::{FlowId, Flows, Protocol};
 use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
-use pending::Remedy;
-use tcp::{Difference, Piece, Verdict, Wait};
+use tcp::{Difference, Piece, Verdict, Wait, When};
 
 use crate::digest::{Ask, Key, Run};
 use crate::packet::{Flags, FlowKey, Kind, Packet};
@@ -204,10 +203,10 @@ impl Compare {
 
     /// Sees to it that the PVM need not wait for itself: it may have no more to say before the client answers.
     fn ask_for(&mut self, id: FlowId, piece: &Piece, now_us: u64) {
-        let (flow, Piece { seq, bytes, remedy }) = (self.flows[id].key, *piece);
-        match remedy {
-            Some(Remedy::AskNow) => self.asks.push(Ask { flow, seq, bytes }),
-            Some(Remedy::AskSoon) => {
+        let (flow, Piece { seq, bytes, ask }) = (self.flows[id].key, *piece);
+        match ask {
+            Some(When::Now) => self.asks.push(Ask { flow, seq, bytes }),
+            Some(When::Soon) => {
                 self.unfinished.push_back((now_us + self.limits.unfinished_us_max, flow, seq));
             }
             None => {}

@@ -148,10 +148,6 @@ fn data(from: u64, to: u64) -> Vec<u8> {
     Tcp { seq: from as u32, ack: Some(1), data: &bytes(from, to), ..Tcp::default() }.frame()
 }
 
-fn pushed(from: u64, to: u64) -> Vec<u8> {
-    Tcp { seq: from as u32, ack: Some(1), psh: true, data: &bytes(from, to), ..Tcp::default() }.frame()
-}
-
 #[test]
 fn a_bulk_transfer_takes_less_than_a_twentieth_on_the_link_in_batches_and_alone() {
     for batch in [1, 8, 64] {
@@ -263,35 +259,29 @@ fn what_the_pvm_cuts_otherwise_leaves_as_soon_as_it_has_said_it() {
 
 #[test]
 fn the_pvm_need_not_wait_for_itself() {
-    // when it pushes, or when it does not go on
-    for push in [false, true] {
-        let mut pair = Pair::new(true);
-        pair.svm(&data(0, 1400));
-        pair.arrive();
-        let first = if push { pushed(0, 1000) } else { data(0, 1000) };
-        pair.pvm(&first);
-        pair.arrive();
-        if !push {
-            assert!(!pair.kinds.contains(&ANSWER));
-            assert_eq!(pair.primary.next_deadline(), Some(501));
-            pair.after_us(500);
-            pair.arrive();
-        }
-        assert_eq!(pair.left(), [first]);
-        assert_eq!(pair.kinds, [DIGEST, ANSWER]);
-        pair.pvm(&data(1000, 1400));
-        assert_eq!(pair.left(), [data(1000, 1400)]);
-        // it goes whole for a while, since it is cut differently
-        let mut at = 1400;
-        while at < 1400 + (128 << 10) {
-            pair.svm(&data(at, at + 1024));
-            at += 1024;
-        }
-        assert!(pair.kinds[2..].iter().all(|kind| *kind == OUTPUT));
+    let mut pair = Pair::new(true);
+    pair.svm(&data(0, 1400));
+    pair.arrive();
+    pair.pvm(&data(0, 1000));
+    pair.arrive();
+    assert_eq!(pair.kinds, [DIGEST]);
+    assert_eq!(pair.primary.next_deadline(), Some(501));
+    pair.after_us(500);
+    pair.arrive();
+    assert_eq!(pair.left(), [data(0, 1000)]);
+    assert_eq!(pair.kinds, [DIGEST, ANSWER]);
+    pair.pvm(&data(1000, 1400));
+    assert_eq!(pair.left(), [data(1000, 1400)]);
+    // it goes whole for a while, since it is cut differently
+    let mut at = 1400;
+    while at < 1400 + (128 << 10) {
         pair.svm(&data(at, at + 1024));
-        pair.flush();
-        assert_eq!(pair.kinds.last(), Some(&DIGEST));
+        at += 1024;
     }
+    assert!(pair.kinds[2..].iter().all(|kind| *kind == OUTPUT));
+    pair.svm(&data(at, at + 1024));
+    pair.flush();
+    assert_eq!(pair.kinds.last(), Some(&DIGEST));
 }
 
 #[test]
@@ -334,7 +324,8 @@ fn bytes_that_the_secondary_does_not_have_cost_a_checkpoint() {
     // the client cannot have them, but who knows
     pair.client(&Tcp { from_client: true, ack: Some(1400), ..Tcp::default() }.frame());
     pair.arrive();
-    pair.pvm(&pushed(0, 1000));
+    pair.pvm(&data(0, 1000));
+    pair.after_us(500);
     pair.arrive();
     pair.after_us(100_000);
     pair.arrive();
@@ -460,9 +451,9 @@ fn after_a_failover_nothing_is_a_digest() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// New data, and whether it is pushed.
-    Pvm(u64, bool),
-    Svm(u64, bool),
+    /// New data.
+    Pvm(u64),
+    Svm(u64),
     /// Data from so many bytes back.
     PvmAgain(u64, u64),
     SvmAgain(u64, u64),
@@ -477,8 +468,8 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        8 => (0u64..2500, any::<bool>()).prop_map(|(bytes, push)| Step::Pvm(bytes, push)),
-        8 => (0u64..2500, any::<bool>()).prop_map(|(bytes, push)| Step::Svm(bytes, push)),
+        8 => (0u64..2500).prop_map(Step::Pvm),
+        8 => (0u64..2500).prop_map(Step::Svm),
         2 => (0u64..6000, 0u64..3000).prop_map(|(back, bytes)| Step::PvmAgain(back, bytes)),
         2 => (0u64..6000, 0u64..3000).prop_map(|(back, bytes)| Step::SvmAgain(back, bytes)),
         1 => (0u64..3000).prop_map(Step::SvmDiverges),
@@ -535,25 +526,25 @@ impl Story {
         story
     }
 
-    fn frame(&self, svm: bool, from: u64, to: u64, psh: bool) -> Vec<u8> {
+    fn frame(&self, svm: bool, from: u64, to: u64) -> Vec<u8> {
         let mut data = bytes(from, to);
         if let Some(at) = self.diverges_at.filter(|at| svm && (from..to).contains(at)) {
             data[(at - from) as usize] ^= 1;
         }
         let delta = if svm { self.delta } else { 0 };
         let seq = self.first.wrapping_add(from as u32).wrapping_add(delta);
-        Tcp { seq, ack: Some(1), psh, data: &data, ..Tcp::default() }.frame()
+        Tcp { seq, ack: Some(1), data: &data, ..Tcp::default() }.frame()
     }
 
-    fn pvm_sends(&mut self, from: u64, to: u64, push: bool) {
-        let frame = self.frame(false, from, to, push);
+    fn pvm_sends(&mut self, from: u64, to: u64) {
+        let frame = self.frame(false, from, to);
         self.held.push(frame.clone());
         self.pair.pvm(&frame);
         self.look(false);
     }
 
-    fn svm_sends(&mut self, from: u64, to: u64, push: bool) {
-        let frame = self.frame(true, from, to, push);
+    fn svm_sends(&mut self, from: u64, to: u64) {
+        let frame = self.frame(true, from, to);
         self.said.push(from..to);
         self.pair.svm(&frame);
     }
@@ -610,23 +601,23 @@ impl Story {
 
     fn take(&mut self, step: &Step) {
         match *step {
-            Step::Pvm(bytes, push) => {
+            Step::Pvm(bytes) => {
                 let from = self.pvm;
                 self.pvm += bytes;
-                self.pvm_sends(from, self.pvm, push);
+                self.pvm_sends(from, self.pvm);
             }
-            Step::Svm(bytes, push) => {
+            Step::Svm(bytes) => {
                 let from = self.svm;
                 self.svm += bytes;
-                self.svm_sends(from, self.svm, push);
+                self.svm_sends(from, self.svm);
             }
             Step::PvmAgain(back, bytes) => {
                 let from = self.pvm.saturating_sub(back);
-                self.pvm_sends(from, (from + bytes).min(self.pvm), true);
+                self.pvm_sends(from, (from + bytes).min(self.pvm));
             }
             Step::SvmAgain(back, bytes) => {
                 let from = self.svm.saturating_sub(back);
-                self.svm_sends(from, (from + bytes).min(self.svm), true);
+                self.svm_sends(from, (from + bytes).min(self.svm));
             }
             Step::SvmDiverges(ahead) => {
                 // only what it has not said yet: what is said twice is the same both times
@@ -652,12 +643,12 @@ impl Story {
 
     /// The SVM says all that the PVM said, and what has to be asked for is.
     fn catch_up(&mut self) {
-        self.svm_sends(self.svm, self.svm, false);
+        self.svm_sends(self.svm, self.svm);
         let to = self.svm.max(self.pvm);
         while self.svm < to {
             let from = self.svm;
             self.svm = to.min(from + 1448);
-            self.svm_sends(from, self.svm, self.svm == to);
+            self.svm_sends(from, self.svm);
         }
         for _ in 0..5 {
             self.arrive();
