@@ -8,8 +8,12 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::digest::{Ask, Key, Runs};
+use crate::packet::{FlowKey, Packet};
 use crate::test_frames::{Done, Tcp, carry_out, read};
-use crate::wire::{ANSWER, ASK, DIGEST, EPOCH, KEY, MARKER, OUTPUT, WireError};
+use crate::wire::{ANSWER, ASK, DIGEST, EPOCH, KEY, MARKER, OUTPUT, WireError, flow_to_bytes};
+
+/// The link's key.
+const NUMBER: u64 = 0x0123_4567_89ab_cdef;
 
 /// A message on its way.
 type Message = (u16, u64, Vec<u8>);
@@ -42,7 +46,7 @@ impl Pair {
             done: Done::default(),
         };
         if digests {
-            pair.primary.want_digests(Key::new(0x0123_4567_89ab_cdef).unwrap(), &mut pair.actions);
+            pair.primary.want_digests(Key::new(NUMBER).unwrap(), &mut pair.actions);
             pair.primary_has_done();
             pair.arrive();
         }
@@ -146,6 +150,12 @@ fn bytes(from: u64, to: u64) -> Vec<u8> {
 /// Data from a position on; sequence numbers are positions.
 fn data(from: u64, to: u64) -> Vec<u8> {
     Tcp { seq: from as u32, ack: Some(1), data: &bytes(from, to), ..Tcp::default() }.frame()
+}
+
+/// The flow that all of it belongs to.
+fn flow() -> FlowKey {
+    let frame = data(0, 1);
+    Packet::parse(&frame).flow_from_guest(&frame)
 }
 
 #[test]
@@ -369,7 +379,7 @@ fn a_number_that_may_have_changed_unheard_says_nothing() {
     );
     let mut actions = Actions::new();
     let mut pair = Pair::new(true);
-    primary.want_digests(Key::new(0x0123_4567_89ab_cdef).unwrap(), &mut actions);
+    primary.want_digests(Key::new(NUMBER).unwrap(), &mut actions);
     let mut message = |from: u64| {
         pair.svm(&data(from, from + 1400));
         pair.flush();
@@ -408,8 +418,11 @@ fn a_connection_that_the_svm_opens_ahead_has_digests_of_its_own() {
     assert_eq!(pair.left().len(), 3);
     assert_eq!(pair.kinds, [DIGEST, OUTPUT, OUTPUT, DIGEST]);
     // nothing of the first one is sent under the name of the second
-    let flow = crate::packet::Packet::parse(&rst).flow_from_guest(&rst);
-    pair.to_secondary.push_back((ASK, 1, Ask { flow, seq: 0, bytes: 1400 }.to_bytes().unwrap().to_vec()));
+    pair.to_secondary.push_back((
+        ASK,
+        1,
+        Ask { flow: flow(), seq: 0, bytes: 1400 }.to_bytes().unwrap().to_vec(),
+    ));
     pair.arrive();
     assert_eq!(pair.kinds.len(), 4);
 }
@@ -417,8 +430,7 @@ fn a_connection_that_the_svm_opens_ahead_has_digests_of_its_own() {
 #[test]
 fn a_side_that_speaks_out_of_turn_is_not_listened_to() {
     let frame = data(0, 1400);
-    let flow = crate::packet::Packet::parse(&frame).flow_from_guest(&frame);
-    let ask = Ask { flow, seq: 0, bytes: 1 }.to_bytes().unwrap();
+    let ask = Ask { flow: flow(), seq: 0, bytes: 1 }.to_bytes().unwrap();
     let key = 7u64.to_be_bytes();
     let mut actions = Actions::new();
     let mut plain = Pair::new(false);
@@ -691,29 +703,54 @@ proptest! {
     }
 
     #[test]
-    fn no_digests_make_it_panic_or_leave_what_the_svm_has_not_said(
-        steps in prop::collection::vec((any::<bool>(), 0u32..4000, 1u16..3000, any::<u64>()), 1..60),
+    fn no_runs_make_it_panic_or_leave_what_the_svm_has_not_said(
+        steps in prop::collection::vec(
+            (0..6, any::<bool>(), 0u32..4000, any::<u32>(), prop::collection::vec((1u16..900, any::<u64>()), 1..5)),
+            1..80,
+        ),
     ) {
-        let mut pair = Pair::new(true);
-        for (pvm, seq, bytes, digest) in steps {
-            let end = u64::from(seq) + u64::from(bytes);
-            if pvm {
-                pair.pvm(&data(seq.into(), end));
-                continue;
+        let (mut pair, key) = (Pair::new(true), Key::new(NUMBER).unwrap());
+        let mut said = vec![false; 8000];
+        for (what, right, near, far, pieces) in steps {
+            let end = near + u32::from(pieces[0].0);
+            match what {
+                0 | 1 => pair.pvm(&data(near.into(), end.into())),
+                2 => pair.after_us(u64::from(pieces[0].0)),
+                3 => {
+                    said[near as usize..end as usize].fill(true);
+                    let frame = data(near.into(), end.into());
+                    pair.primary.peer_frame(ANSWER, 1, &frame, pair.now_us, &mut pair.actions).unwrap();
+                    pair.primary_has_done();
+                }
+                _ => {
+                    let mut seq = if right { near } else { far };
+                    let mut run = [&0x8003u16.to_be_bytes()[..], &(pieces.len() as u16).to_be_bytes()].concat();
+                    run.extend([seq, far].iter().flat_map(|number| number.to_be_bytes()));
+                    run.extend([0; 4]);
+                    run.extend(flow_to_bytes(&flow()).unwrap());
+                    for (bytes, digest) in pieces {
+                        let mut digest = digest >> 4;
+                        if right {
+                            let end = seq + u32::from(bytes);
+                            said[seq as usize..end as usize].fill(true);
+                            digest = key.digest(seq, &self::bytes(seq.into(), end.into()));
+                        }
+                        run.extend(bytes.to_be_bytes());
+                        run.extend(digest.to_be_bytes());
+                        seq = seq.wrapping_add(bytes.into());
+                    }
+                    pair.primary.peer_frame(DIGEST, 1, &run, pair.now_us, &mut pair.actions).unwrap();
+                    pair.primary_has_done();
+                }
             }
-            pair.svm(&data(seq.into(), end));
-            pair.flush();
-            let Some((_, epoch, mut payload)) = pair.to_primary.pop_front() else { continue };
-            if pair.kinds.last() == Some(&DIGEST) {
-                let at = payload.len() - 8;
-                payload[at..].copy_from_slice(&(digest >> 4).to_be_bytes());
-                pair.primary.peer_frame(DIGEST, epoch, &payload, 1, &mut pair.actions).unwrap();
-                pair.primary_has_done();
+            for frame in pair.done().to_lan {
+                let seen = read(&frame);
+                let range = seen.seq as usize..seen.seq as usize + seen.data.len();
+                prop_assert!(said[range.clone()].iter().all(|said| *said), "unsaid bytes in {:?}", range);
             }
-            pair.after_us(100);
-            pair.to_secondary.clear();
         }
-        prop_assert_eq!(pair.done().to_lan.len(), 0);
+        pair.primary.commit(1, pair.now_us, &mut pair.actions).unwrap();
+        prop_assert_eq!(pair.primary.stats().compare.svm_bytes, 0);
     }
 }
 
