@@ -87,12 +87,12 @@ impl Pair {
         };
         if digests {
             pair.primary.want_digests(Key::new(NUMBER).expect("a key"), &mut pair.wishes[0]);
-            pair.to_secondary();
+            pair.secondary_hears();
         }
         pair
     }
 
-    fn to_secondary(&mut self) {
+    fn secondary_hears(&mut self) {
         let [ours, theirs] = &mut self.wishes;
         for wish in ours.iter() {
             if let Action::ToPeer { kind, epoch, payload } = wish {
@@ -103,7 +103,7 @@ impl Pair {
     }
 
     /// Returns the frames that left.
-    fn to_primary(&mut self) -> usize {
+    fn primary_hears(&mut self) -> usize {
         let [ours, theirs] = &mut self.wishes;
         for wish in theirs.iter() {
             if let Action::ToPeer { kind, epoch, payload } = wish {
@@ -125,7 +125,7 @@ impl Pair {
             self.secondary.guest_output(copy(theirs), 0, theirs);
         }
         self.secondary.flush(&mut self.wishes[1]);
-        let left = self.to_primary();
+        let left = self.primary_hears();
         self.wishes[0].clear();
         let acknowledged = acknowledgment(self.seq);
         self.secondary.peer_frame(MIRROR, 1, &acknowledged, 0, &mut self.wishes[1]).expect("well formed");

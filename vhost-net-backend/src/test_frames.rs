@@ -22,7 +22,6 @@ pub(crate) struct Tcp<'a> {
     pub(crate) syn: bool,
     pub(crate) fin: bool,
     pub(crate) rst: bool,
-    pub(crate) psh: bool,
     pub(crate) window: u16,
     pub(crate) options: &'a [TcpOptionElement],
     pub(crate) data: &'a [u8],
@@ -60,9 +59,6 @@ impl Tcp<'_> {
         }
         if self.rst {
             tcp = tcp.rst();
-        }
-        if self.psh {
-            tcp = tcp.psh();
         }
         let mut frame = Vec::new();
         tcp.options(self.options).unwrap().write(&mut frame, self.data).unwrap();

@@ -30,8 +30,7 @@ use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
 use masking::Sender;
 use mismatches::Mismatches;
 use output::Output;
-use pending::Remedy;
-use tcp::{Difference, Piece, TcpFlow, Verdict, Wait};
+use tcp::{Difference, Piece, TcpFlow, Verdict, Wait, When};
 
 use crate::digest::{Ask, Key, Run};
 use crate::offload::FrameHeader;
@@ -254,10 +253,10 @@ impl Compare {
 
     /// Sees to it that the PVM need not wait for itself: it may have no more to say before the client answers.
     fn ask_for(&mut self, id: FlowId, piece: &Piece, now_us: u64) {
-        let (flow, Piece { seq, bytes, remedy }) = (self.flows[id].key, *piece);
-        match remedy {
-            Some(Remedy::AskNow) => self.asks.push(Ask { flow, seq, bytes }),
-            Some(Remedy::AskSoon) => {
+        let (flow, Piece { seq, bytes, ask }) = (self.flows[id].key, *piece);
+        match ask {
+            Some(When::Now) => self.asks.push(Ask { flow, seq, bytes }),
+            Some(When::Soon) => {
                 self.unfinished.push_back((now_us + self.limits.unfinished_us_max, flow, seq));
             }
             None => {}

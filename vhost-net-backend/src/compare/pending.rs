@@ -15,36 +15,29 @@ pub(super) enum Finding {
     Same(u64),
     /// Nothing: no piece reaches over the position.
     Nothing,
-    /// The PVM has not said the whole piece yet.
+    /// The PVM has not said the whole piece yet: the bytes are needed if it does not go on.
     Short {
         /// Where the piece ends.
         end: u64,
-        /// What to do about it, if it has not been done.
-        remedy: Option<Remedy>,
+        /// That has been told before.
+        known: bool,
     },
     /// The bytes from the position on are needed: the PVM's differ, or have gone in part.
     Bytes {
         /// Where the piece ends.
         end: u64,
-        /// They have been asked for.
-        asked: bool,
+        /// That has been told before.
+        known: bool,
     },
 }
 
-/// How to go on with a piece that the PVM has begun to say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Remedy {
-    /// Ask for the bytes if the PVM does not go on soon.
-    AskSoon,
-    /// Ask for them: the PVM has pushed (RFC 9293 §3.8), and may have nothing more to say before the client answers.
-    AskNow,
-}
-
-/// How far the bytes of a piece have been asked for.
+/// What has been told about the bytes of a piece.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Quiet,
-    AskingSoon,
+    /// They are needed if the PVM does not go on.
+    Short,
+    /// They are needed.
     Asked,
 }
 
@@ -63,10 +56,9 @@ impl Piece {
         self.start + u64::from(self.bytes)
     }
 
-    /// Takes in what the PVM says from where it ended last. Returns whether that ends with a push.
-    fn see<'a>(&mut self, key: &Key, said: impl Iterator<Item = Said<'a>>) -> bool {
-        let mut pushed = false;
-        for Said { at, bytes, push } in said {
+    /// Takes in what the PVM says from where it ended last.
+    fn see<'a>(&mut self, key: &Key, said: impl Iterator<Item = Said<'a>>) {
+        for Said { at, bytes } in said {
             let (next, end) = (self.start + self.seen.bytes() as u64, at + bytes.len() as u64);
             if next == self.end() {
                 break;
@@ -74,10 +66,8 @@ impl Piece {
             if at <= next && next <= end {
                 let to = end.min(self.end());
                 self.seen.extend(key, &bytes[(next - at) as usize..(to - at) as usize]);
-                pushed = push;
             }
         }
-        pushed
     }
 }
 
@@ -87,8 +77,6 @@ pub(super) struct Said<'a> {
     /// Position of its first byte.
     pub(super) at: u64,
     pub(super) bytes: &'a [u8],
-    /// The PVM has nothing more to send for now.
-    pub(super) push: bool,
 }
 
 /// All pieces of a stream, by where they start.
@@ -140,19 +128,13 @@ impl Pending {
         let first = self.0.partition_point(|piece| piece.start < position);
         let mut finding = Finding::Nothing;
         for piece in self.0.range_mut(first..).take_while(|piece| piece.start == position) {
-            let pushed = piece.see(key, said.clone());
+            piece.see(key, said.clone());
             if piece.seen.bytes() < usize::from(piece.bytes) {
-                let remedy = match (piece.state, pushed) {
-                    (State::Asked, _) | (State::AskingSoon, false) => None,
-                    (State::Quiet, false) => Some(Remedy::AskSoon),
-                    (_, true) => Some(Remedy::AskNow),
-                };
-                match remedy {
-                    Some(Remedy::AskSoon) => piece.state = State::AskingSoon,
-                    Some(Remedy::AskNow) => piece.state = State::Asked,
-                    None => {}
+                let known = piece.state != State::Quiet;
+                if !known {
+                    piece.state = State::Short;
                 }
-                return Finding::Short { end: piece.end(), remedy };
+                return Finding::Short { end: piece.end(), known };
             }
             if piece.seen.digest(key) == piece.digest {
                 return Finding::Same(piece.end());
@@ -173,7 +155,7 @@ impl Pending {
     pub(super) fn ask_now(&mut self, position: u64) -> Option<u64> {
         let first = self.0.partition_point(|piece| piece.start < position);
         let mut here = self.0.range_mut(first..).take_while(|piece| piece.start == position);
-        let piece = here.find(|piece| piece.state == State::AskingSoon)?;
+        let piece = here.find(|piece| piece.state == State::Short)?;
         piece.state = State::Asked;
         Some(piece.end())
     }
@@ -181,9 +163,9 @@ impl Pending {
 
 impl Piece {
     fn needs_bytes(&mut self) -> Finding {
-        let asked = self.state == State::Asked;
+        let known = self.state == State::Asked;
         self.state = State::Asked;
-        Finding::Bytes { end: self.end(), asked }
+        Finding::Bytes { end: self.end(), known }
     }
 }
 
@@ -212,26 +194,22 @@ mod tests {
         pending
     }
 
-    fn compare(pending: &mut Pending, position: u64, said: &[(u64, u64, bool)]) -> Finding {
-        let said: Vec<_> = said.iter().map(|(from, to, push)| (*from, bytes(*from, *to), *push)).collect();
-        let said = said.iter().map(|(at, bytes, push)| Said { at: *at, bytes, push: *push });
-        pending.compare(position, &key(), &said)
+    fn compare(pending: &mut Pending, position: u64, said: &[(u64, u64)]) -> Finding {
+        let said: Vec<_> = said.iter().map(|(from, to)| (*from, bytes(*from, *to))).collect();
+        pending.compare(position, &key(), &said.iter().map(|(at, bytes)| Said { at: *at, bytes }))
     }
 
     #[test]
     fn a_piece_is_compared_when_all_of_it_is_said() {
         let mut pending = pending(&[(1001, 1100), (1100, 1200)]);
-        assert_eq!(compare(&mut pending, 1000, &[(1000, 1001, false)]), Finding::Nothing);
-        let soon = Finding::Short { end: 1100, remedy: Some(Remedy::AskSoon) };
-        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050, false)]), soon);
-        let quiet = Finding::Short { end: 1100, remedy: None };
-        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050, false), (1060, 1099, true)]), quiet, "a hole");
-        let now = Finding::Short { end: 1100, remedy: Some(Remedy::AskNow) };
-        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050, false), (1050, 1060, true)]), now);
-        assert_eq!(pending.ask_now(1001), None, "it has been");
+        assert_eq!(compare(&mut pending, 1000, &[(1000, 1001)]), Finding::Nothing);
+        let short = |known| Finding::Short { end: 1100, known };
+        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050)]), short(false));
+        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050), (1060, 1099)]), short(true), "a hole");
+        assert_eq!(compare(&mut pending, 1001, &[(1000, 1050), (1050, 1060)]), short(true));
         // what was seen once need not be said again
-        assert_eq!(compare(&mut pending, 1001, &[(1060, 1200, false)]), Finding::Same(1100));
-        assert_eq!(compare(&mut pending, 1100, &[(1060, 1200, false)]), Finding::Same(1200));
+        assert_eq!(compare(&mut pending, 1001, &[(1060, 1200)]), Finding::Same(1100));
+        assert_eq!(compare(&mut pending, 1100, &[(1060, 1200)]), Finding::Same(1200));
         let mut settled = Ranges::default();
         settled.insert(1001, 1150);
         pending.remove_settled(&settled);
@@ -245,10 +223,10 @@ mod tests {
     fn what_does_not_go_on_is_asked_for_once() {
         let mut pending = pending(&[(0, 100)]);
         assert_eq!(pending.ask_now(0), None, "nobody waits for it");
-        compare(&mut pending, 0, &[(0, 50, false)]);
+        compare(&mut pending, 0, &[(0, 50)]);
         assert_eq!(pending.ask_now(0), Some(100));
         assert_eq!(pending.ask_now(0), None);
-        assert_eq!(compare(&mut pending, 0, &[(0, 50, true)]), Finding::Short { end: 100, remedy: None });
+        assert_eq!(compare(&mut pending, 0, &[(0, 60)]), Finding::Short { end: 100, known: true });
     }
 
     #[test]
@@ -256,21 +234,21 @@ mod tests {
         // in any order, and each once
         let mut pending = pending(&[(100, 200), (0, 150), (0, 100), (0, 150)]);
         assert_eq!(pending.0.len(), 3);
-        assert_eq!(compare(&mut pending, 0, &[(0, 120, false)]), Finding::Same(100));
+        assert_eq!(compare(&mut pending, 0, &[(0, 120)]), Finding::Same(100));
         let mut settled = Ranges::default();
         settled.insert(0, 100);
         pending.remove_settled(&settled);
-        assert_eq!(compare(&mut pending, 100, &[(100, 200, false)]), Finding::Same(200));
+        assert_eq!(compare(&mut pending, 100, &[(100, 200)]), Finding::Same(200));
         settled.insert(100, 120);
-        let begun = Finding::Bytes { end: 200, asked: false };
-        assert_eq!(compare(&mut pending, 120, &[(100, 200, false)]), begun, "its beginning has gone");
+        let begun = Finding::Bytes { end: 200, known: false };
+        assert_eq!(compare(&mut pending, 120, &[(100, 200)]), begun, "its beginning has gone");
     }
 
     #[test]
     fn bytes_that_differ_are_asked_for_once() {
         let mut pending = Pending::default();
         pending.insert(0, 100, 12345);
-        assert_eq!(compare(&mut pending, 0, &[(0, 100, false)]), Finding::Bytes { end: 100, asked: false });
-        assert_eq!(compare(&mut pending, 0, &[(0, 100, false)]), Finding::Bytes { end: 100, asked: true });
+        assert_eq!(compare(&mut pending, 0, &[(0, 100)]), Finding::Bytes { end: 100, known: false });
+        assert_eq!(compare(&mut pending, 0, &[(0, 100)]), Finding::Bytes { end: 100, known: true });
     }
 }

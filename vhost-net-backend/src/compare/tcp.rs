@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use super::held::HeldPacket;
 use super::mismatches::{BYTES_SHOWN, Differing};
-use super::pending::{Finding, Pending, Remedy, Said};
+use super::pending::{Finding, Pending, Said};
 use super::stream::{Agreement, Anchor, Ranges, Store};
 use super::window::Window;
 use crate::digest::{Key, Run};
@@ -54,8 +54,17 @@ pub(super) struct Piece {
     pub(super) seq: u32,
     /// Bytes from there to the piece's end.
     pub(super) bytes: u32,
-    /// What is to be done, once.
-    pub(super) remedy: Option<Remedy>,
+    /// When to ask the SVM for these bytes, if that is not known yet.
+    pub(super) ask: Option<When>,
+}
+
+/// When to ask the SVM for the bytes of a piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum When {
+    /// At once: they differ, or cannot be compared otherwise.
+    Now,
+    /// If the PVM does not say all of the piece soon: it may have nothing more to say before the client answers.
+    Soon,
 }
 
 /// How the streams differ.
@@ -484,11 +493,8 @@ impl TcpFlow {
         let Some(pending) = &mut self.svm.pending else {
             return Ok(None);
         };
-        let said = |segment: &Segment, bytes: &'a [u8]| Said {
-            at: { anchor }.place(data_seq(segment)),
-            bytes,
-            push: segment.flags.has(Flags::PSH) || segment.flags.has(Flags::FIN),
-        };
+        let said =
+            |segment: &Segment, bytes: &'a [u8]| Said { at: { anchor }.place(data_seq(segment)), bytes };
         let following = following.map_while(|held| match &held.packet.kind {
             Kind::Tcp { segment, .. } if !begins(segment, isn) => {
                 Some(said(segment, &held.frame[segment.payload.clone()]))
@@ -497,18 +503,18 @@ impl TcpFlow {
             _ => None,
         });
         let all = std::iter::once(said(segment, data)).chain(following);
-        let wait = |end: u64, remedy| {
-            let piece = Piece { seq: from as u32, bytes: (end - from) as u32, remedy };
-            Err(Verdict::Wait(Wait::Piece(piece)))
+        let wait = |end: u64, known: bool, when| {
+            let ask = (!known).then_some(when);
+            Err(Verdict::Wait(Wait::Piece(Piece { seq: from as u32, bytes: (end - from) as u32, ask })))
         };
         match pending.compare(from, key, &all) {
             Finding::Same(to) => Ok(Some(to)),
             Finding::Nothing => Ok(None),
-            Finding::Short { end, remedy } => {
+            Finding::Short { end, known } => {
                 self.short = true;
-                wait(end, remedy)
+                wait(end, known, When::Soon)
             }
-            Finding::Bytes { end, asked } => wait(end, (!asked).then_some(Remedy::AskNow)),
+            Finding::Bytes { end, known } => wait(end, known, When::Now),
         }
     }
 

@@ -8,8 +8,12 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::digest::{Ask, Key, Runs};
+use crate::packet::{FlowKey, Packet};
 use crate::test_frames::{Done, Tcp, carry_out, read};
-use crate::wire::{ANSWER, ASK, DIGEST, EPOCH, KEY, MARKER, OUTPUT, WireError};
+use crate::wire::{ANSWER, ASK, DIGEST, EPOCH, KEY, MARKER, OUTPUT, WireError, flow_to_bytes};
+
+/// The link's key.
+const NUMBER: u64 = 0x0123_4567_89ab_cdef;
 
 /// A message on its way.
 type Message = (u16, u64, Vec<u8>);
@@ -46,7 +50,7 @@ impl Pair {
             done: Done::default(),
         };
         if digests {
-            pair.primary.want_digests(Key::new(0x0123_4567_89ab_cdef).unwrap(), &mut pair.actions);
+            pair.primary.want_digests(Key::new(NUMBER).unwrap(), &mut pair.actions);
             pair.primary_has_done();
             pair.arrive();
         }
@@ -152,8 +156,10 @@ fn data(from: u64, to: u64) -> Vec<u8> {
     Tcp { seq: from as u32, ack: Some(1), data: &bytes(from, to), ..Tcp::default() }.frame()
 }
 
-fn pushed(from: u64, to: u64) -> Vec<u8> {
-    Tcp { seq: from as u32, ack: Some(1), psh: true, data: &bytes(from, to), ..Tcp::default() }.frame()
+/// The flow that all of it belongs to.
+fn flow() -> FlowKey {
+    let frame = data(0, 1);
+    Packet::parse(&frame).flow_from_guest(&frame)
 }
 
 #[test]
@@ -277,35 +283,29 @@ fn what_the_pvm_cuts_otherwise_leaves_as_soon_as_it_has_said_it() {
 
 #[test]
 fn the_pvm_need_not_wait_for_itself() {
-    // when it pushes, or when it does not go on
-    for push in [false, true] {
-        let mut pair = Pair::new(true);
-        pair.svm(&data(0, 1400));
-        pair.arrive();
-        let first = if push { pushed(0, 1000) } else { data(0, 1000) };
-        pair.pvm(&first);
-        pair.arrive();
-        if !push {
-            assert!(!pair.kinds.contains(&ANSWER));
-            assert_eq!(pair.primary.next_deadline(), Some(501));
-            pair.after_us(500);
-            pair.arrive();
-        }
-        assert_eq!(pair.left(), [first]);
-        assert_eq!(pair.kinds, [DIGEST, ANSWER]);
-        pair.pvm(&data(1000, 1400));
-        assert_eq!(pair.left(), [data(1000, 1400)]);
-        // it goes whole for a while, since it is cut differently
-        let mut at = 1400;
-        while at < 1400 + (128 << 10) {
-            pair.svm(&data(at, at + 1024));
-            at += 1024;
-        }
-        assert!(pair.kinds[2..].iter().all(|kind| *kind == OUTPUT));
+    let mut pair = Pair::new(true);
+    pair.svm(&data(0, 1400));
+    pair.arrive();
+    pair.pvm(&data(0, 1000));
+    pair.arrive();
+    assert_eq!(pair.kinds, [DIGEST]);
+    assert_eq!(pair.primary.next_deadline(), Some(501));
+    pair.after_us(500);
+    pair.arrive();
+    assert_eq!(pair.left(), [data(0, 1000)]);
+    assert_eq!(pair.kinds, [DIGEST, ANSWER]);
+    pair.pvm(&data(1000, 1400));
+    assert_eq!(pair.left(), [data(1000, 1400)]);
+    // it goes whole for a while, since it is cut differently
+    let mut at = 1400;
+    while at < 1400 + (128 << 10) {
         pair.svm(&data(at, at + 1024));
-        pair.flush();
-        assert_eq!(pair.kinds.last(), Some(&DIGEST));
+        at += 1024;
     }
+    assert!(pair.kinds[2..].iter().all(|kind| *kind == OUTPUT));
+    pair.svm(&data(at, at + 1024));
+    pair.flush();
+    assert_eq!(pair.kinds.last(), Some(&DIGEST));
 }
 
 #[test]
@@ -348,7 +348,8 @@ fn bytes_that_the_secondary_does_not_have_cost_a_checkpoint() {
     // the client cannot have them, but who knows
     pair.client(&Tcp { from_client: true, ack: Some(1400), ..Tcp::default() }.frame());
     pair.arrive();
-    pair.pvm(&pushed(0, 1000));
+    pair.pvm(&data(0, 1000));
+    pair.after_us(500);
     pair.arrive();
     pair.after_us(100_000);
     pair.arrive();
@@ -392,7 +393,7 @@ fn a_number_that_may_have_changed_unheard_says_nothing() {
     );
     let mut actions = Actions::new();
     let mut pair = Pair::new(true);
-    primary.want_digests(Key::new(0x0123_4567_89ab_cdef).unwrap(), &mut actions);
+    primary.want_digests(Key::new(NUMBER).unwrap(), &mut actions);
     let mut message = |from: u64| {
         pair.svm(&data(from, from + 1400));
         pair.flush();
@@ -431,8 +432,11 @@ fn a_connection_that_the_svm_opens_ahead_has_digests_of_its_own() {
     assert_eq!(pair.left().len(), 3);
     assert_eq!(pair.kinds, [DIGEST, OUTPUT, OUTPUT, DIGEST]);
     // nothing of the first one is sent under the name of the second
-    let flow = crate::packet::Packet::parse(&rst).flow_from_guest(&rst);
-    pair.to_secondary.push_back((ASK, 1, Ask { flow, seq: 0, bytes: 1400 }.to_bytes().unwrap().to_vec()));
+    pair.to_secondary.push_back((
+        ASK,
+        1,
+        Ask { flow: flow(), seq: 0, bytes: 1400 }.to_bytes().unwrap().to_vec(),
+    ));
     pair.arrive();
     assert_eq!(pair.kinds.len(), 4);
 }
@@ -440,8 +444,7 @@ fn a_connection_that_the_svm_opens_ahead_has_digests_of_its_own() {
 #[test]
 fn a_side_that_speaks_out_of_turn_is_not_listened_to() {
     let frame = data(0, 1400);
-    let flow = crate::packet::Packet::parse(&frame).flow_from_guest(&frame);
-    let ask = Ask { flow, seq: 0, bytes: 1 }.to_bytes().unwrap();
+    let ask = Ask { flow: flow(), seq: 0, bytes: 1 }.to_bytes().unwrap();
     let key = 7u64.to_be_bytes();
     let mut actions = Actions::new();
     let mut plain = Pair::new(false);
@@ -474,9 +477,9 @@ fn after_a_failover_nothing_is_a_digest() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    /// New data, and whether it is pushed.
-    Pvm(u64, bool),
-    Svm(u64, bool),
+    /// New data.
+    Pvm(u64),
+    Svm(u64),
     /// Data from so many bytes back.
     PvmAgain(u64, u64),
     SvmAgain(u64, u64),
@@ -491,8 +494,8 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        8 => (0u64..2500, any::<bool>()).prop_map(|(bytes, push)| Step::Pvm(bytes, push)),
-        8 => (0u64..2500, any::<bool>()).prop_map(|(bytes, push)| Step::Svm(bytes, push)),
+        8 => (0u64..2500).prop_map(Step::Pvm),
+        8 => (0u64..2500).prop_map(Step::Svm),
         2 => (0u64..6000, 0u64..3000).prop_map(|(back, bytes)| Step::PvmAgain(back, bytes)),
         2 => (0u64..6000, 0u64..3000).prop_map(|(back, bytes)| Step::SvmAgain(back, bytes)),
         1 => (0u64..3000).prop_map(Step::SvmDiverges),
@@ -549,25 +552,25 @@ impl Story {
         story
     }
 
-    fn frame(&self, svm: bool, from: u64, to: u64, psh: bool) -> Vec<u8> {
+    fn frame(&self, svm: bool, from: u64, to: u64) -> Vec<u8> {
         let mut data = bytes(from, to);
         if let Some(at) = self.diverges_at.filter(|at| svm && (from..to).contains(at)) {
             data[(at - from) as usize] ^= 1;
         }
         let delta = if svm { self.delta } else { 0 };
         let seq = self.first.wrapping_add(from as u32).wrapping_add(delta);
-        Tcp { seq, ack: Some(1), psh, data: &data, ..Tcp::default() }.frame()
+        Tcp { seq, ack: Some(1), data: &data, ..Tcp::default() }.frame()
     }
 
-    fn pvm_sends(&mut self, from: u64, to: u64, push: bool) {
-        let frame = self.frame(false, from, to, push);
+    fn pvm_sends(&mut self, from: u64, to: u64) {
+        let frame = self.frame(false, from, to);
         self.held.push(frame.clone());
         self.pair.pvm(&frame);
         self.look(false);
     }
 
-    fn svm_sends(&mut self, from: u64, to: u64, push: bool) {
-        let frame = self.frame(true, from, to, push);
+    fn svm_sends(&mut self, from: u64, to: u64) {
+        let frame = self.frame(true, from, to);
         self.said.push(from..to);
         self.pair.svm(&frame);
     }
@@ -624,23 +627,23 @@ impl Story {
 
     fn take(&mut self, step: &Step) {
         match *step {
-            Step::Pvm(bytes, push) => {
+            Step::Pvm(bytes) => {
                 let from = self.pvm;
                 self.pvm += bytes;
-                self.pvm_sends(from, self.pvm, push);
+                self.pvm_sends(from, self.pvm);
             }
-            Step::Svm(bytes, push) => {
+            Step::Svm(bytes) => {
                 let from = self.svm;
                 self.svm += bytes;
-                self.svm_sends(from, self.svm, push);
+                self.svm_sends(from, self.svm);
             }
             Step::PvmAgain(back, bytes) => {
                 let from = self.pvm.saturating_sub(back);
-                self.pvm_sends(from, (from + bytes).min(self.pvm), true);
+                self.pvm_sends(from, (from + bytes).min(self.pvm));
             }
             Step::SvmAgain(back, bytes) => {
                 let from = self.svm.saturating_sub(back);
-                self.svm_sends(from, (from + bytes).min(self.svm), true);
+                self.svm_sends(from, (from + bytes).min(self.svm));
             }
             Step::SvmDiverges(ahead) => {
                 // only what it has not said yet: what is said twice is the same both times
@@ -666,12 +669,12 @@ impl Story {
 
     /// The SVM says all that the PVM said, and what has to be asked for is.
     fn catch_up(&mut self) {
-        self.svm_sends(self.svm, self.svm, false);
+        self.svm_sends(self.svm, self.svm);
         let to = self.svm.max(self.pvm);
         while self.svm < to {
             let from = self.svm;
             self.svm = to.min(from + 1448);
-            self.svm_sends(from, self.svm, self.svm == to);
+            self.svm_sends(from, self.svm);
         }
         for _ in 0..5 {
             self.arrive();
@@ -714,29 +717,54 @@ proptest! {
     }
 
     #[test]
-    fn no_digests_make_it_panic_or_leave_what_the_svm_has_not_said(
-        steps in prop::collection::vec((any::<bool>(), 0u32..4000, 1u16..3000, any::<u64>()), 1..60),
+    fn no_runs_make_it_panic_or_leave_what_the_svm_has_not_said(
+        steps in prop::collection::vec(
+            (0..6, any::<bool>(), 0u32..4000, any::<u32>(), prop::collection::vec((1u16..900, any::<u64>()), 1..5)),
+            1..80,
+        ),
     ) {
-        let mut pair = Pair::new(true);
-        for (pvm, seq, bytes, digest) in steps {
-            let end = u64::from(seq) + u64::from(bytes);
-            if pvm {
-                pair.pvm(&data(seq.into(), end));
-                continue;
+        let (mut pair, key) = (Pair::new(true), Key::new(NUMBER).unwrap());
+        let mut said = vec![false; 8000];
+        for (what, right, near, far, pieces) in steps {
+            let end = near + u32::from(pieces[0].0);
+            match what {
+                0 | 1 => pair.pvm(&data(near.into(), end.into())),
+                2 => pair.after_us(u64::from(pieces[0].0)),
+                3 => {
+                    said[near as usize..end as usize].fill(true);
+                    let frame = data(near.into(), end.into());
+                    pair.primary.peer_frame(ANSWER, 1, &frame, pair.now_us, &mut pair.actions).unwrap();
+                    pair.primary_has_done();
+                }
+                _ => {
+                    let mut seq = if right { near } else { far };
+                    let mut run = [&0x8003u16.to_be_bytes()[..], &(pieces.len() as u16).to_be_bytes()].concat();
+                    run.extend([seq, far].iter().flat_map(|number| number.to_be_bytes()));
+                    run.extend([0; 4]);
+                    run.extend(flow_to_bytes(&flow()).unwrap());
+                    for (bytes, digest) in pieces {
+                        let mut digest = digest >> 4;
+                        if right {
+                            let end = seq + u32::from(bytes);
+                            said[seq as usize..end as usize].fill(true);
+                            digest = key.digest(seq, &self::bytes(seq.into(), end.into()));
+                        }
+                        run.extend(bytes.to_be_bytes());
+                        run.extend(digest.to_be_bytes());
+                        seq = seq.wrapping_add(bytes.into());
+                    }
+                    pair.primary.peer_frame(DIGEST, 1, &run, pair.now_us, &mut pair.actions).unwrap();
+                    pair.primary_has_done();
+                }
             }
-            pair.svm(&data(seq.into(), end));
-            pair.flush();
-            let Some((_, epoch, mut payload)) = pair.to_primary.pop_front() else { continue };
-            if pair.kinds.last() == Some(&DIGEST) {
-                let at = payload.len() - 8;
-                payload[at..].copy_from_slice(&(digest >> 4).to_be_bytes());
-                pair.primary.peer_frame(DIGEST, epoch, &payload, 1, &mut pair.actions).unwrap();
-                pair.primary_has_done();
+            for frame in pair.done().to_lan {
+                let seen = read(&frame);
+                let range = seen.seq as usize..seen.seq as usize + seen.data.len();
+                prop_assert!(said[range.clone()].iter().all(|said| *said), "unsaid bytes in {:?}", range);
             }
-            pair.after_us(100);
-            pair.to_secondary.clear();
         }
-        prop_assert_eq!(pair.done().to_lan.len(), 0);
+        pair.primary.commit(1, pair.now_us, &mut pair.actions).unwrap();
+        prop_assert_eq!(pair.primary.stats().compare.svm_bytes, 0);
     }
 }
 

@@ -80,7 +80,6 @@ impl Numbers {
             syn: piece.syn,
             fin: piece.fin,
             rst: piece.rst,
-            psh: false,
             window: 512,
             options: &options,
             data: &piece.data,
