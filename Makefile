@@ -16,7 +16,7 @@ help:
 	@echo 'make bench-pair               the figures of the README'
 	@echo 'make bench-blk                the disk back end against qemu-storage-daemon and bare I/O (10 minutes)'
 	@echo 'make bench-net-device         the network back end against DPDK and QEMU (8 minutes)'
-	@echo 'make bench-proxy              the proxy alone against colo-compare of QEMU (5 minutes)'
+	@echo 'make bench-proxy              the proxy against colo-compare of QEMU, and a pair without emulation (4 minutes)'
 	@echo 'make fuzz SECONDS=600         hostile guests, frontends and controllers, each for so long'
 	@echo 'make build                    the programs, in target/release'
 	@echo 'make clean                    remove what was built, and laboratories of dead runs'

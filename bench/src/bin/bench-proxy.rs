@@ -9,13 +9,15 @@ use colo_bench::clock::ticks_per_nanosecond;
 use colo_bench::command_line::{Sides, run};
 use colo_bench::net::load::on_core;
 use colo_bench::others::Others;
+use colo_bench::proxy::pair::{Figures, Hosts, Toll};
 use colo_bench::proxy::{Comparer, Contender, Feeder, Packets, Protocol, Traffic, library, process};
 use colo_bench::report::{self, Row, median};
 use colo_bench::{Histogram, Place};
 use colo_lab::Run;
 
 /// Compares COLO's proxy with colo-compare of QEMU, both fed with the very same packets by the same feeder, which has a
-/// core of its own: our comparison as a library and as a process in colo-compare's place.
+/// core of its own: our comparison as a library and as a process in colo-compare's place. And a protected pair of test
+/// guests, each with a TCP stack on a virtio driver of its own, with one that is not protected.
 ///
 /// Needs root, two cores and qemu-system-x86_64.
 #[derive(Parser)]
@@ -90,6 +92,8 @@ enum Case {
     Crowd(u32),
     /// A flow about which the two sides do not agree, and another beside it.
     Stuck(Traffic),
+    /// Two test guests, protected, and one that is not.
+    Pair,
 }
 
 const FLOWS: [u32; 3] = [1, 100, 10_000];
@@ -108,7 +112,7 @@ impl Case {
             cases.extend(FLOWS.map(|flows| Self::Rate(traffic(protocol, bytes, flows))));
         }
         cases.extend([Protocol::Tcp, Protocol::Udp].map(|protocol| Self::Latency(traffic(protocol, 64, 1))));
-        cases.extend([Self::Crowd(CROWD), Self::Stuck(traffic(Protocol::Tcp, 64, 1))]);
+        cases.extend([Self::Crowd(CROWD), Self::Stuck(traffic(Protocol::Tcp, 64, 1)), Self::Pair]);
         cases
     }
 
@@ -118,6 +122,7 @@ impl Case {
             Self::Latency(traffic) => format!("release, {}", traffic.name()),
             Self::Crowd(flows) => format!("crowd, {flows} flows"),
             Self::Stuck(traffic) => format!("beside a stuck flow, {}", traffic.name()),
+            Self::Pair => "protected pair".into(),
         }
     }
 }
@@ -170,6 +175,7 @@ fn compare(options: &Comparison) -> Result<()> {
             Case::Latency(traffic) => bench.latency(traffic),
             Case::Crowd(flows) => bench.crowd(flows),
             Case::Stuck(traffic) => bench.stuck(traffic),
+            Case::Pair => pair(sides, &lab),
         };
         for row in more.with_context(|| case.name())? {
             eprintln!("{}, {}: {:.2}", row.case, row.peer_name, row.ratio);
@@ -178,6 +184,57 @@ fn compare(options: &Comparison) -> Result<()> {
     }
     let busy = others.busy_cores()?;
     report::publish(&rows, busy, &options.json)
+}
+
+/// Test guests behind back ends, a client over the primary's tap.
+fn pair(sides: &Sides, lab: &Run) -> Result<Vec<Row>> {
+    let namespaces = [lab.add_namespace("pair-a")?, lab.add_namespace("pair-b")?];
+    let hosts = Hosts::new(namespaces.each_ref(), lab.directory())?;
+    let (mut alone, mut protected, mut tolls) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..sides.rounds {
+        alone.push(hosts.unprotected(sides.duration()).context("Unprotected")?);
+        let (figures, toll) = hosts.protected(sides.duration()).context("Protected")?;
+        protected.push(figures);
+        tolls.push(toll);
+    }
+    let of = |figure: fn(&Figures) -> f64| {
+        let figures = |all: &[Figures]| median(&all.iter().map(figure).collect::<Vec<_>>());
+        (figures(&protected), ("one test guest, unprotected", figures(&alone)))
+    };
+    let toll = |figure: fn(&Toll) -> f64| median(&tolls.iter().map(figure).collect::<Vec<_>>());
+    let (to, to_alone) = of(|figures| figures.to_guest / 1e6);
+    let (from, from_alone) = of(|figures| figures.from_guest / 1e6);
+    let (reply, reply_alone) = of(|figures| figures.reply_us);
+    let lag = ("the SVM's lag behind the PVM", toll(|toll| toll.lag_us));
+    let share = toll(|toll| toll.link_share * 100.0);
+    let wanted = tolls.iter().filter(|toll| toll.checkpoint_wanted).count() as f64;
+    Ok(vec![
+        Row::more_is_better("protected pair, bulk to the guest", "MB/s", to, to_alone, 0.5),
+        Row::more_is_better("protected pair, bulk from the guest", "MB/s", from, from_alone, 0.5),
+        Row::less_is_better("protected pair, reply to a request, p50", "us", reply, reply_alone, 0.5),
+        Row::less_is_better(
+            "protected pair, a packet is held, mean",
+            "us",
+            toll(|toll| toll.held_us),
+            lag,
+            1.0,
+        ),
+        Row::less_is_better(
+            "protected pair, link bytes of the SVM's output",
+            "%",
+            share,
+            ("limit", 5.0),
+            1.0,
+        ),
+        // a thousandth of one is none
+        Row::less_is_better(
+            "protected pair, rounds that want a checkpoint",
+            "rounds",
+            wanted,
+            ("limit", 1.0),
+            1e3,
+        ),
+    ])
 }
 
 const COLO_COMPARE: &str = "colo-compare";

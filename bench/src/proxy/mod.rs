@@ -4,6 +4,7 @@ mod contender;
 mod feeder;
 pub mod filter;
 pub mod library;
+pub mod pair;
 pub mod process;
 mod traffic;
 
