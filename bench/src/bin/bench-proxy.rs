@@ -36,6 +36,9 @@ struct Arguments {
 struct Comparison {
     #[command(flatten)]
     sides: Sides,
+    /// Measure colo-filter in place of a loop of this program that polls
+    #[arg(long)]
+    filter: bool,
     /// Where the rows go, as JSON
     #[arg(long, default_value = "target/bench/proxy.json", value_name = "PATH")]
     json: PathBuf,
@@ -166,6 +169,7 @@ fn compare(options: &Comparison) -> Result<()> {
     let namespace = lab.add_namespace("bench")?;
     let bench = Bench {
         sides,
+        ours: if options.filter { Contender::Filter } else { Contender::Ours },
         place: Place { namespace: &namespace, directory: lab.directory(), core: sides.server_core },
     };
     let mut rows = Vec::new();
@@ -241,6 +245,7 @@ const COLO_COMPARE: &str = "colo-compare";
 
 struct Bench<'a> {
     sides: &'a Sides,
+    ours: Contender,
     place: Place<'a>,
 }
 
@@ -263,7 +268,7 @@ impl Bench<'_> {
         let (mut costs, mut ours, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..self.sides.rounds {
             costs.push(library::measure(traffic, self.sides.server_core, self.sides.duration())?);
-            for (contender, rates) in [(Contender::Ours, &mut ours), (Contender::ColoCompare, &mut theirs)] {
+            for (contender, rates) in [(self.ours, &mut ours), (Contender::ColoCompare, &mut theirs)] {
                 rates.push(self.feed(contender, |comparer, feeder| {
                     let mut packets = Packets::new(traffic)?;
                     feeder.open(&packets)?;
@@ -323,7 +328,7 @@ impl Bench<'_> {
     }
 
     fn latency(&self, traffic: Traffic) -> Result<Vec<Row>> {
-        let [ours, theirs] = self.latencies([Contender::Ours, Contender::ColoCompare], |_, feeder| {
+        let [ours, theirs] = self.latencies([self.ours, Contender::ColoCompare], |_, feeder| {
             let mut packets = Packets::new(traffic)?;
             feeder.open(&packets)?;
             feeder.latencies(&mut packets, self.sides.duration())
@@ -336,7 +341,7 @@ impl Bench<'_> {
     }
 
     fn stuck(&self, traffic: Traffic) -> Result<Vec<Row>> {
-        let contenders = [Contender::Ours, Contender::Ours, Contender::ColoCompare];
+        let contenders = [self.ours, self.ours, Contender::ColoCompare];
         let [free, ours, theirs] = self.latencies(contenders, |at, feeder| {
             if at > 0 {
                 feeder.mismatch(traffic, STUCK_PACKETS)?;

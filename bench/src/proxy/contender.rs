@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use colo_lab::program;
 
 use super::Feeder;
 use crate::{Place, Server};
@@ -11,8 +12,10 @@ use crate::{Place, Server};
 /// Whose comparison it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contender {
-    /// Ours, as a process.
+    /// Ours, as a process that polls: a loop around the library ([`super::process`]).
     Ours,
+    /// `colo-filter`, which sleeps when there is nothing to do.
+    Filter,
     /// QEMU's.
     ColoCompare,
 }
@@ -37,6 +40,7 @@ impl Comparer {
         sockets.iter().for_each(|socket| drop(std::fs::remove_file(socket)));
         let command = match contender {
             Contender::Ours => ours(place.core, &sockets)?,
+            Contender::Filter => filter(place.core, &sockets)?,
             Contender::ColoCompare => colo_compare(place.core, &sockets),
         };
         let server = Server::start(place, command, sockets[2].clone(), "compare")?;
@@ -69,9 +73,20 @@ fn ours(core: usize, sockets: &[PathBuf; 3]) -> Result<Command> {
     Ok(command)
 }
 
+fn filter(core: usize, sockets: &[PathBuf; 3]) -> Result<Command> {
+    let mut command = on_core(core);
+    command.arg(program("colo-filter")?);
+    for (option, socket) in ["--primary-in", "--secondary-in", "--out"].iter().zip(sockets) {
+        command.arg(option).arg(format!("unix:{},server", socket.display()));
+    }
+    // where a controller would be
+    command.arg("--control-path").arg(sockets[0].with_extension("control"));
+    Ok(command)
+}
+
 fn colo_compare(core: usize, sockets: &[PathBuf; 3]) -> Command {
-    let mut command = Command::new("taskset");
-    command.args(["-c", &core.to_string(), "qemu-system-x86_64"]);
+    let mut command = on_core(core);
+    command.arg("qemu-system-x86_64");
     command.args(["-machine", "none", "-nodefaults", "-display", "none", "-object", "iothread,id=thread"]);
     for (name, socket) in ["primary", "secondary", "output"].iter().zip(sockets) {
         let chardev = format!("socket,id={name},path={},server=on,wait=off", socket.display());
@@ -80,5 +95,12 @@ fn colo_compare(core: usize, sockets: &[PathBuf; 3]) -> Command {
     let object =
         "colo-compare,id=compare,primary_in=primary,secondary_in=secondary,outdev=output,iothread=thread";
     command.args(["-object", object]);
+    command
+}
+
+/// A program, named by the next argument, on one core.
+fn on_core(core: usize) -> Command {
+    let mut command = Command::new("taskset");
+    command.args(["-c", &core.to_string()]);
     command
 }
