@@ -328,3 +328,43 @@ fn unread_bytes(stream: &UnixStream) -> Result<usize> {
     ensure!(result == 0, "TIOCOUTQ: {}", io::Error::last_os_error());
     Ok(bytes as usize)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Protocol, process};
+    use super::*;
+
+    #[test]
+    fn what_both_say_is_released_and_nothing_else_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let sockets = ["primary", "secondary", "output"].map(|name| directory.path().join(name));
+        let ends = sockets.clone();
+        let comparison = std::thread::spawn(move || process::serve(&ends, 0));
+        let began = Instant::now();
+        while !sockets[2].exists() {
+            assert!(began.elapsed() < PATIENCE && !comparison.is_finished());
+            std::thread::yield_now();
+        }
+        let mut feeder = Feeder::connect(&sockets).unwrap();
+        for (protocol, payload_bytes, first) in
+            [(Protocol::Tcp, 0, 100), (Protocol::Tcp, 1448, 200), (Protocol::Udp, 64, 300)]
+        {
+            let mut packets =
+                Packets::new(Traffic { protocol, payload_bytes, flows: 7 }).unwrap().from_flow(first);
+            feeder.open(&packets).unwrap();
+            feeder.run(&mut packets, Duration::from_millis(20)).unwrap();
+            feeder.drain().unwrap();
+        }
+        let sent = feeder.sent;
+        assert!(feeder.released == sent && sent > 0);
+        let stuck = Traffic { protocol: Protocol::Tcp, payload_bytes: 64, flows: 1 };
+        feeder.mismatch(stuck, 20).unwrap();
+        // the opening, and no more
+        assert_eq!((feeder.sent, feeder.released), (sent + 1, sent + 1));
+        let mut packets = Packets::new(stuck).unwrap().from_flow(400);
+        let latencies = feeder.latencies(&mut packets, Duration::from_millis(5)).unwrap();
+        assert!(latencies.count() > 0);
+        drop(feeder);
+        comparison.join().unwrap().unwrap();
+    }
+}
