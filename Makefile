@@ -6,7 +6,8 @@ export COLO_BIN_DIR := $(CURDIR)/target/release
 ROUNDS ?= 20
 SECONDS ?= 60
 
-.PHONY: help deps build demo test test-blkio test-failover bench-pair bench-blk bench-net-device bench-digest fuzz clean
+.PHONY: help deps build demo test test-blkio test-failover bench-pair bench-blk bench-net-device bench-proxy \
+	bench-digest fuzz clean
 
 help:
 	@echo 'make demo                     a protected guest, a client at work, and then the primary host dies (3 minutes)'
@@ -16,6 +17,7 @@ help:
 	@echo 'make bench-pair               the figures of the README'
 	@echo 'make bench-blk                the disk back end against qemu-storage-daemon and bare I/O (10 minutes)'
 	@echo 'make bench-net-device         the network back end against DPDK and QEMU (8 minutes)'
+	@echo 'make bench-proxy              the proxy against colo-compare of QEMU, and a pair without emulation (4 minutes)'
 	@echo 'make bench-digest             what the digests of the secondary output cost'
 	@echo 'make fuzz SECONDS=600         hostile guests, frontends and controllers, each for so long'
 	@echo 'make build                    the programs, in target/release'
@@ -55,6 +57,9 @@ bench-blk: deps build
 bench-net-device: deps build
 	@tuning/install-deps.sh dpdk-dev librte-net-vhost23 librte-net-tap23 librte-net-virtio23 librte-mempool-ring23
 	@target/release/bench-net-device
+
+bench-proxy: deps build
+	@target/release/bench-proxy
 
 bench-digest:
 	$(CARGO) bench -p colo-bench --bench digest

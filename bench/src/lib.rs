@@ -10,7 +10,9 @@ mod kernel_setting;
 pub mod net;
 pub mod others;
 pub mod priority;
+pub mod proxy;
 pub mod report;
+mod resident;
 mod server;
 
 pub use cpu_time::cpu_time;

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use colo_lab::{Namespace, Process};
 
 use crate::cpu_time;
+use crate::resident::resident_bytes;
 
 /// A running server.
 #[derive(Debug)]
@@ -67,6 +68,14 @@ impl Server {
     /// It has ended; what it said is in the error.
     pub fn cpu_time(&self) -> Result<Duration> {
         cpu_time(self.process.pid()).with_context(|| format!("It said:\n{}", self.process.output()))
+    }
+
+    /// How much memory it uses.
+    ///
+    /// # Errors
+    /// It has ended; what it said is in the error.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        resident_bytes(self.process.pid()).with_context(|| format!("It said:\n{}", self.process.output()))
     }
 }
 

@@ -17,7 +17,7 @@ use crate::driver::{self, Descriptor, Memory, Notifiers, Place, Ring, WRITABLE};
 /// The header of virtio 1.0 (virtio 1.2 §5.1.6).
 pub(super) const HEADER_BYTES: usize = 12;
 /// The hardware addresses of a guest that is no VM, and of the other end.
-pub(super) const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
+pub(crate) const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 2];
 pub(super) const TAP_MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 /// Addresses and type of a frame: of the type for experiments (IEEE 802, 0x88b5).
 pub(super) const ETHERNET_BYTES: usize = 14;
@@ -98,6 +98,20 @@ impl Queue {
         debug_assert!(!self.ring.is_in_flight(slot));
         // SAFETY: as many bytes of the slot's buffer as there are; the device has no request with it.
         unsafe { self.frame(slot).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+
+    /// The first bytes of a slot's frame.
+    pub(super) fn bytes(&self, slot: u16, bytes: usize) -> &[u8] {
+        assert!(bytes <= FRAME_BYTES_MAX && !self.ring.is_in_flight(slot));
+        // SAFETY: inside the slot's buffer. The device has no request with it, nor gets one as long as we are borrowed.
+        unsafe { std::slice::from_raw_parts(self.frame(slot), bytes) }
+    }
+
+    /// The same, to be written.
+    pub(super) fn bytes_mut(&mut self, slot: u16, bytes: usize) -> &mut [u8] {
+        assert!(bytes <= FRAME_BYTES_MAX && !self.ring.is_in_flight(slot));
+        // SAFETY: as above, and nobody else borrows us.
+        unsafe { std::slice::from_raw_parts_mut(self.frame(slot), bytes) }
     }
 
     /// A byte of a slot's frame.

@@ -77,7 +77,10 @@ pub fn run(card: &mut Card, load: &Load) -> Result<Measured> {
 }
 
 /// Does work on a thread of its own, on this core.
-pub(super) fn on_core<T: Send>(core: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+///
+/// # Errors
+/// Those of the work, or the core is not ours.
+pub fn on_core<T: Send>(core: usize, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
     let pinned = || {
         pin(core)?;
         work()
@@ -85,7 +88,7 @@ pub(super) fn on_core<T: Send>(core: usize, work: impl FnOnce() -> Result<T> + S
     std::thread::scope(|scope| scope.spawn(pinned).join().map_err(|_| anyhow!("The load panicked"))?)
 }
 
-pub(super) fn pin(core: usize) -> Result<()> {
+pub(crate) fn pin(core: usize) -> Result<()> {
     ensure!(core_affinity::set_for_current(CoreId { id: core }), "Core {core} is not ours");
     Ok(())
 }

@@ -14,7 +14,7 @@ use crate::clock::{ticks, ticks_in, ticks_per_nanosecond};
 use crate::driver::BATCH;
 
 /// Addresses of the network between them.
-const GUEST: [u8; 4] = [10, 98, 0, 2];
+pub(crate) const GUEST: [u8; 4] = [10, 98, 0, 2];
 const HOST: [u8; 4] = [10, 98, 0, 1];
 
 /// What `ping` sends by default.
@@ -29,7 +29,7 @@ const ECHO_REPLY: u8 = 0;
 ///
 /// # Errors
 /// What `ip` says.
-pub(super) fn set_address(namespace: &Namespace, tap: &str) -> Result<()> {
+pub(crate) fn set_address(namespace: &Namespace, tap: &str) -> Result<()> {
     let text = |bytes: [u8; 4]| bytes.map(|byte| byte.to_string()).join(".");
     namespace.ip(&format!("address flush to {}", text(HOST)))?;
     namespace.ip(&format!("link set {tap} address {} up", mac_text(TAP_MAC)))?;
