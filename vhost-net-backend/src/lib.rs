@@ -5,6 +5,7 @@ pub mod compare;
 pub mod control;
 pub mod control_queue;
 pub mod device;
+pub mod filter;
 pub mod frame;
 pub mod lan;
 pub mod link;

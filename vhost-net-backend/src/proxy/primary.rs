@@ -154,7 +154,7 @@ impl Primary {
             return Ok(());
         }
         if epoch == self.epoch {
-            self.compare.svm_says(payload, now_us, actions);
+            self.svm_output(payload, now_us, actions);
         } else if epoch < self.epoch || self.early_bytes > self.early_bytes_max {
             // what is lost of the next epoch makes the PVM's packets wait for a checkpoint, nothing worse
             self.stale_packets += 1;
@@ -163,6 +163,18 @@ impl Primary {
             self.early.push_back(payload.to_vec());
         }
         Ok(())
+    }
+
+    /// The SVM has sent this frame in the running epoch.
+    pub fn svm_output(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        if self.mode == Mode::Protected {
+            self.compare.svm_says(frame, now_us, actions);
+        }
+    }
+
+    /// The epoch that is running.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     /// The PVM is paused, and everything that it sent or was given has been here: marks the end of the epoch.
