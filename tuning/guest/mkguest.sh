@@ -3,6 +3,8 @@
 #
 #   mkguest.sh GUEST-AGENT [DIRECTORY]        (DIRECTORY: .cache/guest of the work tree)
 #
+# COLO_GUEST_KERNEL names the package that depends on the kernel: linux-image-cloud-amd64, or linux-image-amd64, which is
+# slower to boot and has drivers of the network cards that QEMU emulates.
 # Prints the directory that holds `vmlinuz` and `initrd`. What is there already and made from the same things is kept:
 # the name of the directory is a hash of the script, the files beside it, the program and the packages' versions.
 # Needs what install-deps.sh installs; touches nothing of the host outside of DIRECTORY.
@@ -15,9 +17,10 @@ say() { echo "mkguest: $*" >&2; }
 fail() { say "$*"; exit 1; }
 
 # dpkg keeps versions of what is installed; the kernel is only downloaded, so apt's index tells it
-kernel=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null |
-    sed -n 's/^ *Depends: \(linux-image-[0-9].*-cloud-amd64\)$/\1/p' | head -n 1)
-[ -n "$kernel" ] || fail "apt knows no package linux-image-cloud-amd64: run 'apt-get update'"
+flavour=${COLO_GUEST_KERNEL:-linux-image-cloud-amd64}
+kernel=$(apt-cache depends "$flavour" 2>/dev/null |
+    sed -n 's/^ *Depends: \(linux-image-[0-9].*-amd64\)$/\1/p' | head -n 1)
+[ -n "$kernel" ] || fail "apt knows no package $flavour: run 'apt-get update'"
 kernel_version=$(apt-cache policy "$kernel" | sed -n 's/^ *Candidate: //p')
 packages=$(dpkg-query -W -f '${Package} ${Version}\n' redis-tools busybox-static iperf3 libc6) ||
     fail "packages are missing: run tuning/install-deps.sh"
@@ -59,6 +62,11 @@ for module in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev vir
     failover net_failover virtio_net virtio_blk; do
     put_module "$module" order
 done
+if [ "$flavour" = linux-image-amd64 ]; then
+    for module in e1000 mii 8139cp; do
+        put_module "$module" order
+    done
+fi
 
 # the same for VLANs; not loaded at boot
 for module in llc stp mrp garp 8021q; do

@@ -31,13 +31,23 @@ impl GuestImage {
         if let Some(image) = MADE.get() {
             return Ok(image.clone());
         }
-        let directory = made("mkguest.sh", &program("guest-agent")?)?;
-        let image = Self {
-            kernel: directory.join("vmlinuz"),
-            initrd: directory.join("initrd"),
-            arguments: String::new(),
-        };
+        let image = Self::of(&made("mkguest.sh", &program("guest-agent")?)?);
         Ok(MADE.get_or_init(|| image).clone())
+    }
+
+    /// The same with a kernel that has drivers of the network cards that QEMU emulates: e1000, rtl8139. It has none for a
+    /// disk's file system.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn make_for_emulated_cards() -> Result<Self> {
+        let mut script = script("mkguest.sh", &program("guest-agent")?);
+        script.env("COLO_GUEST_KERNEL", "linux-image-amd64");
+        Ok(Self::of(&directory_of(script)?))
+    }
+
+    fn of(directory: &Path) -> Self {
+        Self { kernel: directory.join("vmlinuz"), initrd: directory.join("initrd"), arguments: String::new() }
     }
 
     /// The kernel's command line for a guest with this address on the LAN.
@@ -137,10 +147,18 @@ impl Disk {
 }
 
 /// Runs one of the scripts that make guests; returns the directory that it prints.
-pub(crate) fn made(script: &str, argument: &Path) -> Result<PathBuf> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest").join(script);
-    let output = Command::new(&script).arg(argument).output();
-    let output = output.with_context(|| format!("Cannot run {}", script.display()))?;
+pub(crate) fn made(name: &str, argument: &Path) -> Result<PathBuf> {
+    directory_of(script(name, argument))
+}
+
+fn script(name: &str, argument: &Path) -> Command {
+    let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("guest").join(name));
+    command.arg(argument);
+    command
+}
+
+fn directory_of(mut script: Command) -> Result<PathBuf> {
+    let output = script.output().with_context(|| format!("Cannot run {}", script.get_program().display()))?;
     Ok(succeeded(&output, "The guest image cannot be made")?.trim().into())
 }
 

@@ -212,14 +212,11 @@ pub struct Serve {
 impl Serve {
     /// What the proxy is to know.
     pub fn proxy_config(&self) -> Config {
-        let mut config = Config { policy: self.policy.clone(), digest: self.digest, ..Config::default() };
-        config.compare.held_us_max = self.held_ms_max.saturating_mul(1000);
-        config.compare.patient_us_max = config.compare.patient_us_max.max(config.compare.held_us_max);
-        config.compare.held_bytes_max = self.held_bytes_max;
-        // the guest is slowed down only well after a checkpoint was asked for
-        config.compare.held_bytes_full =
-            config.compare.held_bytes_full.max(self.held_bytes_max.saturating_mul(2));
-        config
+        Config {
+            policy: self.policy.clone(),
+            digest: self.digest,
+            ..Config::holding(self.held_ms_max, self.held_bytes_max)
+        }
     }
 }
 

@@ -6,6 +6,7 @@ pub mod control;
 pub mod control_queue;
 pub mod device;
 pub mod digest;
+pub mod filter;
 pub mod frame;
 pub mod lan;
 pub mod link;

@@ -114,6 +114,14 @@ impl Actions {
         })
     }
 
+    /// Only the frames for the LAN, in order, with what travels with them.
+    pub fn to_lan(&self) -> impl Iterator<Item = &Buffer> {
+        self.entries.iter().filter_map(|entry| match entry {
+            Entry::ToLan(frame) => Some(frame),
+            _ => None,
+        })
+    }
+
     fn keep(&mut self, bytes: &[u8]) -> Range<usize> {
         let start = self.bytes.len();
         self.bytes.extend_from_slice(bytes);

@@ -11,29 +11,36 @@ const SMALL_BYTES: usize = 2048;
 const SPARE_SMALL_MAX: usize = 4096;
 const SPARE_LARGE_MAX: usize = 64;
 
-/// The bytes of one frame, and what it leaves to whoever gets it.
+/// The bytes of one frame, what it leaves to whoever gets it, and what else travels with it.
 #[derive(Debug, Default)]
 pub struct Buffer {
     /// What it leaves.
     pub header: FrameHeader,
     /// As long as the longest frame that was here: never shortened, so that nothing is cleared twice.
     storage: Vec<u8>,
-    bytes: usize,
+    /// Where the frame begins, behind what travels with it.
+    start: usize,
+    end: usize,
 }
 
 impl Buffer {
-    /// Makes it so long. The content is arbitrary.
+    /// Makes it so long. The content is arbitrary, and nothing travels with it.
     pub fn resize(&mut self, bytes: usize) {
         if self.storage.len() < bytes {
             self.storage.resize(bytes, 0);
         }
-        self.bytes = bytes;
+        (self.start, self.end) = (0, bytes);
+    }
+
+    /// What travels with the frame and is no part of it.
+    pub fn luggage(&self) -> &[u8] {
+        &self.storage[..self.start]
     }
 }
 
 impl From<&[u8]> for Buffer {
     fn from(frame: &[u8]) -> Self {
-        Self { header: FrameHeader::default(), storage: frame.to_vec(), bytes: frame.len() }
+        Self { header: FrameHeader::default(), storage: frame.to_vec(), start: 0, end: frame.len() }
     }
 }
 
@@ -49,13 +56,13 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.storage[..self.bytes]
+        &self.storage[self.start..self.end]
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.storage[..self.bytes]
+        &mut self.storage[self.start..self.end]
     }
 }
 
@@ -80,6 +87,15 @@ impl Pool {
     pub fn copy_of(&mut self, frame: &[u8]) -> Buffer {
         let mut buffer = self.take(frame.len());
         buffer.copy_from_slice(frame);
+        buffer
+    }
+
+    /// A copy of `frame` with which `luggage` travels.
+    pub fn copy_with(&mut self, luggage: &[u8], frame: &[u8]) -> Buffer {
+        let mut buffer = self.take(luggage.len() + frame.len());
+        buffer[..luggage.len()].copy_from_slice(luggage);
+        buffer[luggage.len()..].copy_from_slice(frame);
+        buffer.start = luggage.len();
         buffer
     }
 
@@ -113,5 +129,15 @@ mod tests {
         pool.give(large);
         let shorter = pool.copy_of(&[2; 50]);
         assert_eq!((shorter.as_ptr(), &shorter[..]), (place, &[2; 50][..]));
+    }
+
+    #[test]
+    fn what_travels_with_a_frame_is_no_part_of_it() {
+        let mut pool = Pool::default();
+        let mut buffer = pool.copy_with(&[7; 12], &[1; 60]);
+        buffer[0] = 9;
+        assert_eq!((buffer.luggage(), buffer.len(), buffer[0]), (&[7; 12][..], 60, 9));
+        pool.give(buffer);
+        assert!(pool.copy_of(&[3; 10]).luggage().is_empty());
     }
 }

@@ -43,6 +43,20 @@ pub enum DigestMode {
     Off,
 }
 
+impl Config {
+    /// A checkpoint is asked for when a frame is held for longer than `held_ms_max` milliseconds, or more than
+    /// `held_bytes_max` bytes are held.
+    pub fn holding(held_ms_max: u64, held_bytes_max: usize) -> Self {
+        let mut config = Self::default();
+        config.compare.held_us_max = held_ms_max.saturating_mul(1000);
+        config.compare.patient_us_max = config.compare.patient_us_max.max(config.compare.held_us_max);
+        config.compare.held_bytes_max = held_bytes_max;
+        // the guest is slowed down only well after a checkpoint was asked for
+        config.compare.held_bytes_full = config.compare.held_bytes_full.max(held_bytes_max.saturating_mul(2));
+        config
+    }
+}
+
 /// An order that does not fit what goes on. The controller and this side have lost each other.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OrderError {

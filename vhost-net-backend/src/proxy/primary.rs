@@ -217,7 +217,7 @@ impl Primary {
     /// What the SVM has said in this epoch, well formed.
     fn svm_says(&mut self, kind: u16, payload: &[u8], now_us: u64, actions: &mut Actions) {
         if kind != DIGEST {
-            self.compare.svm_says(payload, now_us, actions);
+            self.svm_output(payload, now_us, actions);
             return;
         }
         let (Some(names), Ok(runs)) = (&mut self.names, Runs::parse(payload)) else {
@@ -229,6 +229,18 @@ impl Primary {
                 None => self.stale_packets += 1,
             }
         }
+    }
+
+    /// The SVM has sent this frame in the running epoch.
+    pub fn svm_output(&mut self, frame: &[u8], now_us: u64, actions: &mut Actions) {
+        if self.mode == Mode::Protected {
+            self.compare.svm_says(frame, now_us, actions);
+        }
+    }
+
+    /// The epoch that is running.
+    pub fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     /// The PVM is paused, and everything that it sent or was given has been here: marks the end of the epoch.

@@ -1,8 +1,9 @@
-//! Drivers of a network card that do anything, driven by arbitrary bytes. The functions panic or hang where the back end does
-//! something wrong; libFuzzer (`make fuzz`) and `cargo test` call them alike.
+//! Drivers of a network card, and QEMU's filters, that do anything, driven by arbitrary bytes. The functions panic or hang
+//! where the back end does something wrong; libFuzzer (`make fuzz`) and `cargo test` call them alike.
 #![allow(dead_code, unreachable_pub, unused_imports, reason = "each driver uses its own part")]
 
 mod control_queue;
+mod filter;
 mod frames;
 #[path = "../../../tests/fuzz/input.rs"]
 mod input;
@@ -10,9 +11,10 @@ pub mod model;
 mod ram;
 
 pub use control_queue::{Both, MAC, control_queue};
+pub use filter::filter;
 pub use frames::frames;
 
 /// Seeds from which a fuzzer finds its way: what sound drivers do.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    [control_queue::seeds(), frames::seeds()].concat()
+    [control_queue::seeds(), frames::seeds(), filter::seeds()].concat()
 }
