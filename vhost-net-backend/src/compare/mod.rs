@@ -389,7 +389,7 @@ impl Compare {
                 self.stats.svm_packets_unused += 1;
                 return;
             }
-            Treated::Mask(masking) => masking.masked(Sender::Svm, &packet, frame),
+            Treated::Mask(masking) => masking.masked(Sender::Svm, packet, frame),
         };
         let frame = masked.as_deref().unwrap_or(frame);
         let before = flow.cost();

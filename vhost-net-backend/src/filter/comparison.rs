@@ -349,7 +349,10 @@ mod tests {
             panic!("{frames:?}");
         };
         assert_eq!(out_header[..], [0; 12]);
-        assert_eq!(crate::packet::checksum::of_tcp(frame, 14, 34), 0);
+        let crate::packet::Kind::Tcp { addresses, .. } = crate::packet::Packet::parse(frame).kind else {
+            panic!("{frame:?}");
+        };
+        assert_eq!(crate::packet::checksum::of_tcp(&addresses, &frame[34..]), 0);
     }
 
     #[test]
