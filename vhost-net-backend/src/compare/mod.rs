@@ -24,10 +24,10 @@ use datagrams::essence;
 use flows::{FlowId, Flows, Protocol, Treated};
 use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
 use masking::Sender;
-use mismatches::Mismatches;
-use tcp::{Difference, TcpFlow, Verdict, Wait};
+use mismatches::{How, Mismatches};
+use tcp::{Verdict, Wait};
 
-use crate::packet::{Flags, FlowKey, Kind, Packet, Segment};
+use crate::packet::{Flags, FlowKey, Kind, Packet};
 use crate::policy::Policy;
 use crate::proxy::{Actions, Buffer, Cause};
 
@@ -169,7 +169,7 @@ impl Compare {
                         }
                         Verdict::Wait(_) => {}
                         Verdict::Differ(difference) => {
-                            differs = Some(describe(difference, tcp, segment, compared));
+                            differs = Some(How::told(difference, tcp, segment, compared));
                         }
                     }
                 }
@@ -368,7 +368,7 @@ impl Compare {
                 match verdict {
                     Verdict::Release => tcp.passed(segment, &held.frame),
                     Verdict::Wait(_) => {}
-                    Verdict::Differ(how) => differs = Some(describe(how, tcp, segment, held.compared())),
+                    Verdict::Differ(how) => differs = Some(How::told(how, tcp, segment, held.compared())),
                 }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
                 if let Some(how) = differs {
@@ -633,36 +633,6 @@ fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Buffer, clamp: boo
         }
     }
     actions.push_to_lan(frame);
-}
-
-/// How two packets differ.
-struct How {
-    what: String,
-    bytes: Option<Differing>,
-}
-
-impl<T: Into<String>> From<T> for How {
-    fn from(what: T) -> Self {
-        Self { what: what.into(), bytes: None }
-    }
-}
-
-impl How {
-    fn in_bytes(bytes: Differing) -> Self {
-        Self { what: bytes.describe(), bytes: Some(bytes) }
-    }
-}
-
-/// How the segment, which was judged so, differs from what the SVM says.
-fn describe(difference: Difference, tcp: &mut TcpFlow, segment: &Segment, compared: &[u8]) -> How {
-    match difference {
-        Difference::Byte { offset, pvm, svm } => How {
-            what: format!("offset {offset}: PVM {pvm:#04x}, SVM {svm:#04x}"),
-            bytes: Some(tcp.differing(segment, compared, offset)),
-        },
-        Difference::Event { pvm, svm } => format!("the PVM {pvm}, the SVM {svm}").into(),
-        Difference::Options { pvm, svm } => format!("options of the SYN: PVM {pvm:?}, SVM {svm:?}").into(),
-    }
 }
 
 fn describe_wait(wait: Wait) -> String {
