@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 
 use serde::{Serialize, Serializer};
 
-use crate::packet::{FlowKey, Transport};
+use super::tcp::{Difference, TcpFlow};
+use crate::packet::{FlowKey, Segment, Transport};
 use crate::proxy::Cause;
 
 /// Mismatches that are remembered.
@@ -70,6 +71,44 @@ impl Differing {
             None => "the end".to_owned(),
         };
         format!("offset {}: PVM {}, SVM {}", self.offset, byte(&self.pvm), byte(&self.svm))
+    }
+}
+
+/// How two packets differ.
+pub(super) struct How {
+    /// As a sentence.
+    pub(super) what: String,
+    pub(super) bytes: Option<Differing>,
+}
+
+impl<T: Into<String>> From<T> for How {
+    fn from(what: T) -> Self {
+        Self { what: what.into(), bytes: None }
+    }
+}
+
+impl How {
+    pub(super) fn in_bytes(bytes: Differing) -> Self {
+        Self { what: bytes.describe(), bytes: Some(bytes) }
+    }
+
+    /// Of a segment that was judged so, against what the SVM says.
+    pub(super) fn told(
+        difference: Difference,
+        tcp: &mut TcpFlow,
+        segment: &Segment,
+        compared: &[u8],
+    ) -> Self {
+        match difference {
+            Difference::Byte { offset, pvm, svm } => Self {
+                what: format!("offset {offset}: PVM {pvm:#04x}, SVM {svm:#04x}"),
+                bytes: Some(tcp.differing(segment, compared, offset)),
+            },
+            Difference::Event { pvm, svm } => format!("the PVM {pvm}, the SVM {svm}").into(),
+            Difference::Options { pvm, svm } => {
+                format!("options of the SYN: PVM {pvm:?}, SVM {svm:?}").into()
+            }
+        }
     }
 }
 

@@ -28,13 +28,13 @@ use flows::{FlowId, Flows, Protocol, Treated};
 use fragments::Fragments;
 use held::{Chain, HeldId, HeldPacket, HeldPackets, List};
 use masking::Sender;
-use mismatches::Mismatches;
+use mismatches::{How, Mismatches};
 use output::Output;
-use tcp::{Difference, Piece, TcpFlow, Verdict, Wait, When};
+use tcp::{Piece, Verdict, Wait, When};
 
 use crate::digest::{Ask, Key, Run};
 use crate::offload::FrameHeader;
-use crate::packet::{Flags, FlowKey, Kind, Packet, Segment};
+use crate::packet::{Flags, FlowKey, Kind, Packet};
 use crate::policy::Policy;
 use crate::proxy::{Actions, Buffer, Cause};
 
@@ -210,7 +210,7 @@ impl Compare {
                         Verdict::Wait(Wait::Piece(unfinished)) => piece = Some(unfinished),
                         Verdict::Wait(_) => {}
                         Verdict::Differ(difference) => {
-                            differs = Some(describe(difference, tcp, segment, compared));
+                            differs = Some(How::told(difference, tcp, segment, compared));
                         }
                     }
                 }
@@ -348,6 +348,11 @@ impl Compare {
             return;
         };
         let flow = &mut self.flows[id];
+        if !matches!(flow.treated, Treated::Compare) {
+            // of a flow that is masked, bytes are needed: without them it waits for a checkpoint
+            self.stats.svm_packets_unused += count;
+            return;
+        }
         let before = flow.cost();
         if let Protocol::Tcp(tcp) = &mut flow.protocol {
             tcp.svm_digests(run);
@@ -472,7 +477,7 @@ impl Compare {
                     Verdict::Release => tcp.passed(segment, &held.frame),
                     Verdict::Wait(Wait::Piece(unfinished)) => piece = Some(unfinished),
                     Verdict::Wait(_) => {}
-                    Verdict::Differ(how) => differs = Some(describe(how, tcp, segment, held.compared())),
+                    Verdict::Differ(how) => differs = Some(How::told(how, tcp, segment, held.compared())),
                 }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
                 if let Some(how) = differs {
@@ -765,36 +770,6 @@ fn leave(protocol: &mut Protocol, packet: &Packet, mut frame: Output, clamp: boo
         }
     }
     frame.leave(actions);
-}
-
-/// How two packets differ.
-struct How {
-    what: String,
-    bytes: Option<Differing>,
-}
-
-impl<T: Into<String>> From<T> for How {
-    fn from(what: T) -> Self {
-        Self { what: what.into(), bytes: None }
-    }
-}
-
-impl How {
-    fn in_bytes(bytes: Differing) -> Self {
-        Self { what: bytes.describe(), bytes: Some(bytes) }
-    }
-}
-
-/// How the segment, which was judged so, differs from what the SVM says.
-fn describe(difference: Difference, tcp: &mut TcpFlow, segment: &Segment, compared: &[u8]) -> How {
-    match difference {
-        Difference::Byte { offset, pvm, svm } => How {
-            what: format!("offset {offset}: PVM {pvm:#04x}, SVM {svm:#04x}"),
-            bytes: Some(tcp.differing(segment, compared, offset)),
-        },
-        Difference::Event { pvm, svm } => format!("the PVM {pvm}, the SVM {svm}").into(),
-        Difference::Options { pvm, svm } => format!("options of the SYN: PVM {pvm:?}, SVM {svm:?}").into(),
-    }
 }
 
 fn describe_wait(wait: Wait) -> String {

@@ -497,7 +497,7 @@ impl TcpFlow {
             |segment: &Segment, bytes: &'a [u8]| Said { at: { anchor }.place(data_seq(segment)), bytes };
         let following = following.map_while(|held| match &held.packet.kind {
             Kind::Tcp { segment, .. } if !begins(segment, isn) => {
-                Some(said(segment, &held.frame[segment.payload.clone()]))
+                Some(said(segment, &held.compared()[segment.payload.clone()]))
             }
             // another connection
             _ => None,
