@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::frame::{FrameError, read_frame, write_frame};
 
 /// Version of everything that is said on the links. Peers of different versions refuse each other.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 const HELLO: u16 = 0;
 const REFUSED: u16 = 1;

@@ -3,8 +3,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::offload::FrameHeader;
 use crate::test_frames::{Done, Tcp, arp, carry_out, other};
-use crate::wire::{EPOCH, ISN, Isn, MARKER, MIRROR, OUTPUT, WireError};
+use crate::wire::{EPOCH, HEADED_MIRROR, ISN, Isn, MARKER, MIRROR, OUTPUT, WireError};
 
 fn frame(text: &str) -> Vec<u8> {
     other(0x88b5, text.as_bytes())
@@ -222,7 +223,7 @@ proptest! {
     #[test]
     fn nothing_makes_either_half_panic_and_a_secondary_is_silent(
         steps in prop::collection::vec(
-            (0u8..9, 0u16..7, 0u64..4, crate::packet::tests::frame_like(), 0u64..300_000),
+            (0u8..9, prop_oneof![0u16..7, Just(HEADED_MIRROR)], 0u64..4, crate::packet::tests::frame_like(), 0u64..300_000),
             1..60,
         ),
     ) {
@@ -232,9 +233,12 @@ proptest! {
         let mut won = false;
         for (step, kind, epoch, bytes, us) in steps {
             now_us += us;
+            let header = FrameHeader::read(&bytes[bytes.len() / 2..]).unwrap_or_default();
+            let mut frame = Buffer::from(&bytes[..]);
+            frame.header = header;
             let _ = match step {
-                0 => { primary.guest_output(Buffer::from(&bytes[..]), now_us, &mut actions); None }
-                1 => { primary.lan_input(&bytes, now_us, &mut actions); None }
+                0 => { primary.guest_output(std::mem::take(&mut frame), now_us, &mut actions); None }
+                1 => { primary.headed_lan_input(header, &bytes, now_us, &mut actions); None }
                 2 => primary.peer_frame(kind, epoch, &bytes, now_us, &mut actions).err().map(|e| e.to_string()),
                 3 => primary.commit(epoch, now_us, &mut actions).err().map(|e| e.to_string()),
                 4 => { primary.tick(now_us, &mut actions); None }
@@ -243,7 +247,7 @@ proptest! {
             carry_out(&mut actions);
             let _ = match step {
                 4 => { secondary.tick(now_us, &mut actions); None }
-                5 => { secondary.guest_output(Buffer::from(&bytes[..]), now_us, &mut actions); None }
+                5 => { secondary.guest_output(frame, now_us, &mut actions); None }
                 6 => secondary.peer_frame(kind, epoch, &bytes, now_us, &mut actions).err().map(|e| e.to_string()),
                 7 => secondary.commit(epoch, &mut actions).err().map(|e| e.to_string()),
                 8 if us % 20 == 0 => {
