@@ -284,7 +284,7 @@ fn the_pvm_need_not_wait_for_itself() {
     assert_eq!(pair.left(), [data(1000, 1400)]);
     // it goes whole for a while, since it is cut differently
     let mut at = 1400;
-    while at < 1400 + (128 << 10) {
+    while at < 1400 + (8 << 10) {
         pair.svm(&data(at, at + 1024));
         at += 1024;
     }
