@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
 use vhost_net_backend::compare::CompareStats;
+use vhost_net_backend::digest::Key;
 use vhost_net_backend::lan::{Tap, TapOptions};
 use vhost_net_backend::offload::{FrameHeader, Offloads};
 use vhost_net_backend::proxy::{Action, Actions, Buffer, Config, Primary, Secondary};
@@ -241,6 +242,8 @@ fn turmoil(kill: &Sender<()>, killed: &Receiver<()>, after: Duration) {
 /// What befalls packets.
 #[derive(Clone, Copy, Debug)]
 struct Weather {
+    /// The SVM's output goes as digests.
+    digests: bool,
     /// One of so many is lost between client and guest, in either direction.
     lost_one_of: Option<u64>,
     /// How long a frame is under way between the hosts, each way.
@@ -363,6 +366,7 @@ impl World {
             let frame = frame_of(&frame[..bytes], self.header_bytes, &mut self.large[1]);
             self.secondary.guest_output(frame, now_us, &mut self.actions);
         }
+        self.secondary.flush(&mut self.actions);
         self.secondary.tick(now_us, &mut self.actions);
         self.carry_out(false);
         self.turn_of_link();
@@ -441,6 +445,10 @@ fn play_with(
         actions: Actions::new(),
         origin: Instant::now(),
     };
+    if let (true, Some(primary)) = (world.weather.digests, &mut world.primary) {
+        primary.want_digests(Key::new(0x0123_4567_89ab_cdef).unwrap(), &mut world.actions);
+        world.carry_out(true);
+    }
     let mut compared: Option<CompareStats> = None;
     while !client.is_finished() {
         world.turn();
@@ -455,6 +463,9 @@ fn play_with(
                 frame.1 = 0;
             }
             world.turn_of_link();
+            if let Some(digest) = world.secondary.stats().digest {
+                println!("{digest:?}");
+            }
             compared = world.primary.take().map(|primary| primary.stats().compare);
             world.secondary.take_over(world.now_us(), &mut world.actions);
             world.carry_out(false);
@@ -468,47 +479,54 @@ fn play_with(
 }
 
 const FAIR: Weather =
-    Weather { lost_one_of: None, link_us: 0, svm_naps_us: 0, random: 0x1234_5678_9abc_def1 };
+    Weather { digests: false, lost_one_of: None, link_us: 0, svm_naps_us: 0, random: 0x1234_5678_9abc_def1 };
 
 #[test]
 fn linux_says_the_same_twice_and_its_clients_survive() {
-    let Some(compared) = play(FAIR, |listener, kill, killed| sequence(200, listener, kill, killed)) else {
-        return;
-    };
-    assert!(compared.released_by_match > 1000);
+    for digests in [false, true] {
+        let weather = Weather { digests, ..FAIR };
+        let Some(compared) = play(weather, |listener, kill, killed| sequence(200, listener, kill, killed))
+        else {
+            return;
+        };
+        assert!(compared.released_by_match > 1000);
+        assert_eq!(compared.digests > 500, digests, "{}", compared.digests);
+    }
 }
 
 #[test]
 fn a_lagging_svm_costs_time_and_no_checkpoint() {
-    let Some(compared) =
-        play(Weather { link_us: 500, svm_naps_us: 10_000, ..FAIR }, |listener, kill, killed| {
-            sequence(50, listener, kill, killed);
-        })
-    else {
-        return;
-    };
-    assert!(compared.waited_us_max > 1000);
+    for digests in [false, true] {
+        let weather = Weather { digests, link_us: 500, svm_naps_us: 10_000, ..FAIR };
+        let Some(compared) = play(weather, |listener, kill, killed| sequence(50, listener, kill, killed))
+        else {
+            return;
+        };
+        assert!(compared.waited_us_max > 1000);
+    }
 }
 
 #[test]
 fn a_client_that_loses_packets_gets_them_again() {
-    let Some(compared) =
-        play(Weather { lost_one_of: Some(50), link_us: 200, ..FAIR }, |listener, kill, killed| {
-            sequence(30, listener, kill, killed);
-        })
-    else {
-        return;
-    };
-    assert!(compared.released_at_once > 0, "retransmissions do not wait");
+    for digests in [false, true] {
+        let weather = Weather { digests, lost_one_of: Some(50), link_us: 200, ..FAIR };
+        let Some(compared) = play(weather, |listener, kill, killed| sequence(30, listener, kill, killed))
+        else {
+            return;
+        };
+        assert!(compared.released_at_once > 0, "retransmissions do not wait");
+    }
 }
 
 #[test]
 fn a_primary_that_dies_under_load_is_not_missed() {
     for (random, after_ms) in [(1, 20), (2, 50), (3, 100), (4, 200)] {
-        let weather = Weather { link_us: 300, svm_naps_us: 3000, random, ..FAIR };
-        let after = Duration::from_millis(after_ms);
-        if play(weather, move |_, kill, killed| turmoil(kill, killed, after)).is_none() {
-            return;
+        for digests in [false, true] {
+            let weather = Weather { digests, link_us: 300, svm_naps_us: 3000, random, ..FAIR };
+            let after = Duration::from_millis(after_ms);
+            if play(weather, move |_, kill, killed| turmoil(kill, killed, after)).is_none() {
+                return;
+            }
         }
     }
 }

@@ -69,6 +69,12 @@ impl Piece {
             }
         }
     }
+
+    fn needs_bytes(&mut self) -> Finding {
+        let known = self.state == State::Asked;
+        self.state = State::Asked;
+        Finding::Bytes { end: self.end(), known }
+    }
 }
 
 /// A segment of the PVM that waits.
@@ -158,14 +164,6 @@ impl Pending {
         let piece = here.find(|piece| piece.state == State::Short)?;
         piece.state = State::Asked;
         Some(piece.end())
-    }
-}
-
-impl Piece {
-    fn needs_bytes(&mut self) -> Finding {
-        let known = self.state == State::Asked;
-        self.state = State::Asked;
-        Finding::Bytes { end: self.end(), known }
     }
 }
 

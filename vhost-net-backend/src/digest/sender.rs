@@ -17,9 +17,6 @@ use crate::wire::{ANSWER, DIGEST, FLOW_BYTES, OUTPUT, flow_to_bytes};
 
 /// Shorter segments go whole: they are answers that somebody waits for, and little is gained.
 const DIGESTED_BYTES_MIN: usize = 256;
-/// A flow that had to be asked for goes whole for so many bytes: it is cut differently, or differs.
-const WHOLE_BYTES: usize = 128 << 10;
-
 /// Figures of the secondary's end.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct SenderStats {
@@ -114,11 +111,7 @@ impl Sender {
         // what is sent again has been lost: the client, and so the PVM, waits for it
         let again = slot.next.is_some_and(|next| is_behind(next, segment.seq));
         slot.reaches(end);
-        if slot.whole_bytes > 0 {
-            slot.whole_bytes = slot.whole_bytes.saturating_sub(data.len());
-            return false;
-        }
-        if again || !has_room {
+        if slot.goes_whole(data.len()) || again || !has_room {
             return false;
         }
         let name: Option<[u8; FLOW_BYTES]> = if slot.named { None } else { flow_to_bytes(flow) };
@@ -168,7 +161,7 @@ impl Sender {
         let Some(number) = self.slots.find(&ask.flow) else {
             return;
         };
-        self.slots.get(number).whole_bytes = WHOLE_BYTES;
+        self.slots.get(number).was_asked_for();
         let stats = &mut self.stats;
         self.slots.take_range(number, ask.seq, ask.bytes, |sent| {
             stats.answered += 1;

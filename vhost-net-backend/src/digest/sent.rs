@@ -10,6 +10,10 @@ use crate::proxy::{Buffer, Pool};
 const SENT_BYTES_MAX: usize = 16 << 20;
 /// Bytes that a frame costs beside its own.
 const SENT_COST: usize = 64;
+/// A flow that had to be asked for goes whole for so many bytes, since it is cut differently, or differs: the first
+/// time, and at most. It is twice as many each time.
+const WHOLE_BYTES_MIN: usize = 8 << 10;
+const WHOLE_BYTES_MAX: usize = 256 << 10;
 /// Numbers that are looked at for one that may be given to another flow.
 const VISITED_AT_ONCE: usize = 32;
 
@@ -30,13 +34,30 @@ pub(super) struct Slot {
     /// Behind the highest byte so far, once there was one.
     pub(super) next: Option<u32>,
     /// So much goes whole before digests are tried again.
-    pub(super) whole_bytes: usize,
+    whole_bytes: usize,
+    /// The same when it is asked for next.
+    next_whole_bytes: usize,
     /// The last message that tells of it.
     pub(super) message: u64,
     sent: VecDeque<Sent>,
 }
 
 impl Slot {
+    /// The primary could do nothing with a digest.
+    pub(super) fn was_asked_for(&mut self) {
+        if self.whole_bytes == 0 {
+            self.whole_bytes = self.next_whole_bytes;
+            self.next_whole_bytes = WHOLE_BYTES_MAX.min(2 * self.next_whole_bytes);
+        }
+    }
+
+    /// Whether so many bytes go whole for that.
+    pub(super) fn goes_whole(&mut self, bytes: usize) -> bool {
+        let whole = self.whole_bytes > 0;
+        self.whole_bytes = self.whole_bytes.saturating_sub(bytes);
+        whole
+    }
+
     /// The SVM has sent all before `end`.
     pub(super) fn reaches(&mut self, end: u32) {
         if self.next.is_none_or(|next| is_behind(end, next)) {
@@ -63,8 +84,15 @@ impl Slots {
     /// A number for a flow that has none: one that is free, or that of a flow of which nothing is kept.
     pub(super) fn give(&mut self, flow: &FlowKey) -> Option<usize> {
         let packed = PackedKey::from(flow);
-        let slot =
-            Slot { packed, named: false, next: None, whole_bytes: 0, message: 0, sent: VecDeque::new() };
+        let slot = Slot {
+            packed,
+            named: false,
+            next: None,
+            whole_bytes: 0,
+            next_whole_bytes: WHOLE_BYTES_MIN,
+            message: 0,
+            sent: VecDeque::new(),
+        };
         let number = if self.slots.len() < SLOTS_MAX {
             self.slots.push(slot);
             self.slots.len() - 1
@@ -209,5 +237,20 @@ mod tests {
         assert_eq!(taken[3..], [149, 249]);
         slots.forget(number, &mut pool);
         assert_eq!(slots.sent_bytes(), 0);
+    }
+
+    #[test]
+    fn a_flow_that_is_asked_for_again_and_again_goes_whole_for_longer() {
+        let mut slots = Slots::default();
+        let number = slots.give(&flow(1)).unwrap();
+        let slot = slots.get(number);
+        assert!(!slot.goes_whole(1000));
+        let mut whole = Vec::new();
+        for _ in 0..7 {
+            slot.was_asked_for();
+            slot.was_asked_for();
+            whole.push((0..).take_while(|_| slot.goes_whole(1024)).count());
+        }
+        assert_eq!(whole, [8, 16, 32, 64, 128, 256, 256]);
     }
 }
