@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use colo::control::{self, Client, command_once};
 use etherparse::PacketBuilder;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use vhost_net_backend::filter::{DEVICE, Packet, encode};
 
@@ -279,6 +280,24 @@ fn a_controller_commits_what_was_sent_before_its_marker() {
     primary.send(&udp(b"lost"));
     assert!(out.is_silent());
     assert!(order(control::Command::Link { up: true }).is_err());
+}
+
+#[test]
+fn what_is_sent_behind_the_news_of_a_checkpoint_belongs_to_the_next_epoch() {
+    let program = Program::start(false);
+    let (mut primary, mut notify, mut out) =
+        (program.connect("primary"), program.connect("notify"), program.accept());
+    primary.send(&udp(b"before"));
+    assert_eq!(notify.receive(), b"DO_CHECKPOINT");
+    // it hears of all of it at once
+    let pid = Pid::from_child(&program.child);
+    kill_process(pid, Signal::STOP).unwrap();
+    notify.send(b"COLO_CHECKPOINT");
+    primary.send(&udp(b"behind"));
+    kill_process(pid, Signal::CONT).unwrap();
+    assert_eq!(out.receive(), udp(b"before"));
+    assert!(out.is_silent());
+    assert_eq!(notify.receive(), b"DO_CHECKPOINT");
 }
 
 #[test]
