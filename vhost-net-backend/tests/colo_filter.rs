@@ -1,6 +1,6 @@
 //! The program `colo-filter` between sockets as QEMU's filters have them.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use colo::control::{self, Client, command_once};
 use etherparse::PacketBuilder;
-use serde_json::Value;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
 use vhost_net_backend::filter::{DEVICE, Packet, encode};
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -20,6 +21,7 @@ struct Program {
     child: Child,
     directory: tempfile::TempDir,
     out: UnixListener,
+    monitor: UnixListener,
     vnet_hdr: bool,
 }
 
@@ -28,7 +30,7 @@ impl Program {
     fn start(vnet_hdr: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
-        let out = UnixListener::bind(at("out")).unwrap();
+        let [out, monitor] = ["out", "qmp"].map(|name| UnixListener::bind(at(name)).unwrap());
         let mut command = Command::new(env!("CARGO_BIN_EXE_colo-filter"));
         let end = |name: &str, options: &str| format!("unix:{}{options}", at(name).display());
         command.args([
@@ -38,9 +40,13 @@ impl Program {
             &end("secondary", ",server"),
         ]);
         command.args(["--out", &end("out", ""), "--notify", &end("notify", ",server")]);
-        command.arg("--control-path").arg(at("control")).args(vnet_hdr.then_some("--vnet-hdr"));
+        command
+            .args(["--qmp", &end("qmp", "")])
+            .arg("--control-path")
+            .arg(at("control"))
+            .args(vnet_hdr.then_some("--vnet-hdr"));
         let child = command.spawn().unwrap();
-        Self { child, directory, out, vnet_hdr }
+        Self { child, directory, out, monitor, vnet_hdr }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -181,6 +187,72 @@ fn what_differs_waits_for_the_notifiers_checkpoint() {
     }
 }
 
+/// The monitor of a QEMU that the test plays.
+struct Monitor {
+    lines: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    /// Greets, and answers the questions that come first.
+    fn accept(program: &Program) -> Self {
+        let stream = program.monitor.accept().unwrap().0;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut monitor = Self { lines: BufReader::new(stream) };
+        monitor.say(&json!({"QMP": {"version": {}, "capabilities": []}}));
+        monitor.answer("qmp_capabilities", &json!({}));
+        monitor.answer("query-migrate-parameters", &json!({"x-checkpoint-delay": 20_000}));
+        monitor
+    }
+
+    fn say(&mut self, line: &Value) {
+        self.lines.get_mut().write_all(format!("{line}\r\n").as_bytes()).unwrap();
+    }
+
+    fn event(&mut self, name: &str) {
+        self.say(&json!({"event": name}));
+    }
+
+    /// Awaits a command; the answer to others is nothing.
+    fn answer(&mut self, command: &str, answer: &Value) {
+        loop {
+            let mut line = String::new();
+            self.lines.read_line(&mut line).unwrap();
+            let asked: Value = serde_json::from_str(&line).unwrap();
+            let wanted = asked["execute"] == command;
+            let answer = if wanted { answer.clone() } else { json!({}) };
+            self.say(&json!({"return": answer, "id": asked["id"]}));
+            if wanted {
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn qemus_own_colo_is_asked_by_its_monitor_and_heard() {
+    let program = Program::start(false);
+    let (mut primary, mut out, mut monitor) =
+        (program.connect("primary"), program.accept(), Monitor::accept(&program));
+    primary.send(&udp(b"first"));
+    monitor.answer("migrate-set-parameters", &json!({}));
+    // an operator's pause
+    monitor.event("STOP");
+    monitor.answer("query-status", &json!({"status": "paused"}));
+    monitor.event("RESUME");
+    assert!(out.is_silent());
+    // the wish is repeated, and comes true
+    monitor.answer("migrate-set-parameters", &json!({}));
+    monitor.event("STOP");
+    monitor.answer("query-status", &json!({"status": "colo"}));
+    assert!(out.is_silent());
+    monitor.event("RESUME");
+    primary.send(&udp(b"after it"));
+    assert_eq!(out.receive(), udp(b"first"));
+    assert!(out.is_silent());
+    monitor.say(&json!({"event": "COLO_EXIT", "data": {"mode": "primary", "reason": "request"}}));
+    assert_eq!(out.receive(), udp(b"after it"));
+}
+
 #[test]
 fn a_controller_commits_what_was_sent_before_its_marker() {
     let program = Program::start(false);
@@ -208,6 +280,24 @@ fn a_controller_commits_what_was_sent_before_its_marker() {
     primary.send(&udp(b"lost"));
     assert!(out.is_silent());
     assert!(order(control::Command::Link { up: true }).is_err());
+}
+
+#[test]
+fn what_is_sent_behind_the_news_of_a_checkpoint_belongs_to_the_next_epoch() {
+    let program = Program::start(false);
+    let (mut primary, mut notify, mut out) =
+        (program.connect("primary"), program.connect("notify"), program.accept());
+    primary.send(&udp(b"before"));
+    assert_eq!(notify.receive(), b"DO_CHECKPOINT");
+    // it hears of all of it at once
+    let pid = Pid::from_child(&program.child);
+    kill_process(pid, Signal::STOP).unwrap();
+    notify.send(b"COLO_CHECKPOINT");
+    primary.send(&udp(b"behind"));
+    kill_process(pid, Signal::CONT).unwrap();
+    assert_eq!(out.receive(), udp(b"before"));
+    assert!(out.is_silent());
+    assert_eq!(notify.receive(), b"DO_CHECKPOINT");
 }
 
 #[test]

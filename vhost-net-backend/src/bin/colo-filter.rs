@@ -12,12 +12,7 @@ use vhost_net_backend::filter::{DEVICE, Filter, FilterHandler};
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.order {
-        Some(CliOrder::Status { control_path }) => command_once(control_path, DEVICE, &Command::Status)
-            .map_err(anyhow::Error::from)
-            .and_then(|status| {
-                println!("{}", serde_json::to_string_pretty(&status)?);
-                Ok(())
-            }),
+        Some(order) => give(order),
         None => serve(&cli.serve),
     };
     match result {
@@ -27,6 +22,20 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Carries out an order to a program that runs.
+fn give(order: &CliOrder) -> anyhow::Result<()> {
+    match order {
+        CliOrder::Status { control_path } => {
+            let status = command_once(control_path, DEVICE, &Command::Status)?;
+            println!("{}", serde_json::to_string_pretty(&status)?);
+        }
+        CliOrder::TakeOver { control_path } => {
+            command_once(control_path, DEVICE, &Command::TakeOver)?;
+        }
+    }
+    Ok(())
 }
 
 /// Serves for ever.

@@ -11,7 +11,7 @@ use crate::proxy::Config;
 
 const FIGURES: &str = "\
 The control command `status` answers with:
-  primary_in, secondary_in, out, notify
+  primary_in, secondary_in, out, notify, qmp
                         the connections: whether they are there, how often they were made, why they are not there;
                         packets that came, streams that were malformed; bytes that wait to be sent
   proxy                 figures of the comparison: what is held, what left and why, the last mismatch
@@ -49,12 +49,18 @@ pub enum CliOrder {
         #[arg(long, value_name = "PATH")]
         control_path: PathBuf,
     },
+    /// The secondary is lost and this side goes on: lets everything out, what is held first, and compares no more
+    TakeOver {
+        /// The control socket of the program (its --control-path)
+        #[arg(long, value_name = "PATH")]
+        control_path: PathBuf,
+    },
 }
 
 /// What is compared, and with whom.
 #[derive(Args, Debug)]
 #[group(skip)]
-#[command(group = ArgGroup::new("controller").required(true).multiple(true).args(["notify", "control_path", "control_fd"]))]
+#[command(group = ArgGroup::new("controller").required(true).multiple(true).args(["notify", "qmp", "control_path", "control_fd"]))]
 pub struct Serve {
     /// What the primary VM sends: colo-compare's primary_in
     #[arg(long, value_name = "END", required = true)]
@@ -74,6 +80,11 @@ pub struct Serve {
     /// COLO_CHECKPOINT, sent when it is committed and before either VM runs again, lets out what is held.
     #[arg(long, value_name = "END")]
     pub notify: Option<Endpoint>,
+
+    /// A monitor of the primary's QEMU (its -qmp), for this program alone, where QEMU's own COLO migration (x-colo) takes the
+    /// checkpoints.
+    #[arg(long, value_name = "END")]
+    pub qmp: Option<Endpoint>,
 
     /// The filters have vnet_hdr_support: virtio-net headers stand in front of the frames
     #[arg(long)]
@@ -110,6 +121,7 @@ impl Serve {
             secondary_in: given(&self.secondary_in),
             out: given(&self.out),
             notify: self.notify.clone(),
+            monitor: self.qmp.clone(),
             vnet_hdr: self.vnet_hdr,
         }
     }

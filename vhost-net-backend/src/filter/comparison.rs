@@ -124,8 +124,7 @@ impl Comparison {
     /// It is not the epoch that runs, or this side is not protected any more.
     pub fn commit(&mut self, epoch: u64, now_us: u64, out: &mut Vec<u8>) -> Result<(), OrderError> {
         self.proxy.commit(epoch, now_us, &mut self.actions)?;
-        self.asked = false;
-        self.wish = None;
+        self.ask_no_more();
         self.carry_out(out);
         Ok(())
     }
@@ -133,17 +132,20 @@ impl Comparison {
     /// Nothing leaves until the next order.
     pub fn detach(&mut self) {
         self.proxy.detach();
+        self.ask_no_more();
     }
 
     /// This side goes on alone: everything leaves.
     pub fn take_over(&mut self, now_us: u64, out: &mut Vec<u8>) {
         self.proxy.take_over(now_us, &mut self.actions);
         self.carry_out(out);
+        self.ask_no_more();
     }
 
     /// This side has lost: nothing leaves any more.
     pub fn silence(&mut self) {
         self.proxy.silence();
+        self.ask_no_more();
     }
 
     /// When [`Comparison::tick`] has something to do.
@@ -170,6 +172,11 @@ impl Comparison {
     /// The figures.
     pub fn status(&self) -> Value {
         json!({ "proxy": self.proxy.stats(), "pvm_refused": self.pvm_refused })
+    }
+
+    fn ask_no_more(&mut self) {
+        self.asked = false;
+        self.wish = None;
     }
 
     fn ask(&mut self, wish: Wish) {

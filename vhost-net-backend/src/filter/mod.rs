@@ -10,6 +10,7 @@ mod comparison;
 mod control;
 mod endpoint;
 mod framing;
+mod monitor;
 mod notify;
 mod outgoing;
 mod serve;

@@ -21,6 +21,12 @@ impl Outgoing {
         Self { bytes: Vec::new(), sent: 0, prefix_bytes: if vnet_hdr { 8 } else { 4 } }
     }
 
+    /// Gives up all that waits.
+    pub(super) fn clear(&mut self) {
+        self.bytes.clear();
+        self.sent = 0;
+    }
+
     /// Where to append whole packets.
     pub(super) fn queue(&mut self) -> &mut Vec<u8> {
         &mut self.bytes

@@ -15,6 +15,7 @@ use super::comparison::Comparison;
 use super::control::Order;
 use super::endpoint::Endpoint;
 use super::framing::{Decoder, Packet};
+use super::monitor::{Monitor, News};
 use super::notify::{self, Message, NotifyDecoder};
 use super::outgoing::Outgoing;
 use super::socket::Socket;
@@ -34,6 +35,8 @@ pub struct Ends {
     pub out: Endpoint,
     /// Whoever takes checkpoints, in Xen's words.
     pub notify: Option<Endpoint>,
+    /// A monitor of the primary's QEMU, whose own COLO migration takes checkpoints.
+    pub monitor: Option<Endpoint>,
     /// Whether virtio-net headers stand in front of the frames.
     pub vnet_hdr: bool,
 }
@@ -64,33 +67,41 @@ impl Input {
         connected && self.socket.connections() > 1
     }
 
-    /// Reads once and hands every whole packet over. Returns whether something was read.
+    /// Reads once. Returns whether something came.
     ///
     /// # Errors
     /// The connection is given up; the error says why.
-    fn read(&mut self, now_us: u64, mut take: impl FnMut(Packet<'_>)) -> Result<bool, String> {
+    fn fill(&mut self, now_us: u64) -> Result<bool, String> {
         let Some(stream) = self.socket.stream() else {
             return Ok(false);
         };
-        let outcome = match self.decoder.fill(stream) {
-            Ok(0) => Err("QEMU has closed it".to_owned()),
-            Ok(_) => loop {
-                match self.decoder.next_packet() {
-                    Ok(Some(packet)) => {
-                        self.packets += 1;
-                        take(packet);
-                    }
-                    Ok(None) => break Ok(true),
-                    Err(error) => {
-                        self.malformed += 1;
-                        break Err(error.to_string());
-                    }
-                }
-            },
-            Err(error) if is_nothing_yet(&error) => Ok(false),
-            Err(error) => Err(error.to_string()),
+        let reason = match self.decoder.fill(stream) {
+            Ok(0) => "QEMU has closed it".to_owned(),
+            Ok(_) => return Ok(true),
+            Err(error) if is_nothing_yet(&error) => return Ok(false),
+            Err(error) => error.to_string(),
         };
-        outcome.map_err(|reason| lost(self.name, &mut self.socket, &reason, now_us))
+        Err(lost(self.name, &mut self.socket, &reason, now_us))
+    }
+
+    /// Hands over every whole packet that was read.
+    ///
+    /// # Errors
+    /// The connection is given up; the error says why.
+    fn take(&mut self, now_us: u64, mut each: impl FnMut(Packet<'_>)) -> Result<(), String> {
+        loop {
+            match self.decoder.next_packet() {
+                Ok(None) => return Ok(()),
+                Ok(Some(packet)) => {
+                    self.packets += 1;
+                    each(packet);
+                }
+                Err(error) => {
+                    self.malformed += 1;
+                    return Err(lost(self.name, &mut self.socket, &error.to_string(), now_us));
+                }
+            }
+        }
     }
 
     fn status(&self) -> Value {
@@ -197,6 +208,7 @@ struct Ready {
     secondary: bool,
     out: bool,
     notify: bool,
+    monitor: bool,
 }
 
 /// The whole program but for its command line.
@@ -208,6 +220,7 @@ pub struct Filter {
     secondary: Input,
     out: Output,
     notify: Option<(Output, NotifyDecoder)>,
+    monitor: Option<(Output, Monitor)>,
     orders: Mailbox<Order>,
     events: EventSender,
     /// The PVM is paused for a checkpoint: what comes now would belong to the next epoch.
@@ -225,8 +238,9 @@ impl Filter {
         orders: Mailbox<Order>,
         events: EventSender,
     ) -> anyhow::Result<Self> {
-        let Ends { primary_in, secondary_in, out, notify, vnet_hdr } = ends;
+        let Ends { primary_in, secondary_in, out, notify, monitor, vnet_hdr } = ends;
         let notify = notify.as_ref().map(|notify| Output::open("notify", notify, false)).transpose()?;
+        let monitor = monitor.as_ref().map(|monitor| Output::open("qmp", monitor, false)).transpose()?;
         Ok(Self {
             origin: Instant::now(),
             comparison: Comparison::new(config, *vnet_hdr, 0),
@@ -234,6 +248,7 @@ impl Filter {
             secondary: Input::open("secondary-in", secondary_in, *vnet_hdr)?,
             out: Output::open("out", out, *vnet_hdr)?,
             notify: notify.map(|notify| (notify, NotifyDecoder::default())),
+            monitor: monitor.map(|monitor| (monitor, Monitor::new())),
             orders,
             events,
             paused: false,
@@ -261,14 +276,22 @@ impl Filter {
         self.connect(now_us);
         // The SVM's words first: what it said before a checkpoint must not count after it.
         if ready.secondary {
-            let taken = self.secondary.read(now_us, |packet| {
-                self.comparison.svm_says(packet, now_us, self.out.outgoing.queue());
-            });
-            self.tell_loss(taken);
+            let filled = self.secondary.fill(now_us);
+            if self.tell_loss(filled) {
+                let taken = self.secondary.take(now_us, |packet| {
+                    self.comparison.svm_says(packet, now_us, self.out.outgoing.queue());
+                });
+                self.tell_loss(taken.map(|()| true));
+            }
         }
-        // Then the checkpoint, and the PVM's packets behind it: those that are still to be read may be of the next epoch.
-        if ready.notify {
+        // Then the PVM's packets are read, but looked at only after the news of a checkpoint. It is told before the VM runs
+        // again, so whatever was read before the news came is of the epoch that has ended.
+        let filled = ready.primary && !self.paused && self.fill_primary(now_us);
+        if ready.notify || filled {
             self.hear_notify(now_us);
+        }
+        if ready.monitor || filled {
+            self.hear_monitor(now_us);
         }
         if ready.orders {
             self.orders.rearm();
@@ -277,13 +300,13 @@ impl Filter {
             // a controller that has gone needs no answer
             let _ = reply.send(self.command(&command, now_us));
         }
-        if ready.primary && !self.paused {
-            self.read_primary(now_us);
+        if filled {
+            self.take_primary(now_us);
         }
         if self.comparison.next_deadline().is_some_and(|deadline| deadline <= now_us) {
             self.comparison.tick(now_us, self.out.outgoing.queue());
         }
-        self.tell_wish();
+        self.tell_wish(now_us);
         if ready.out {
             // QEMU says nothing here: what is read is nothing, or the end
             let said = self.out.read(&mut [0; 1024], now_us);
@@ -301,14 +324,17 @@ impl Filter {
             Some((&self.secondary.socket, PollFlags::IN)),
             Some((&self.out.socket, self.out.wanted())),
             self.notify.as_ref().map(|(notify, _)| (&notify.socket, notify.wanted())),
+            self.monitor.as_ref().map(|(output, _)| (&output.socket, output.wanted())),
         ];
         let deadlines = sockets.iter().flatten().filter_map(|(socket, _)| socket.deadline());
-        let deadline = deadlines.chain(self.comparison.next_deadline()).min();
+        let repeat = self.monitor.as_ref().and_then(|(_, monitor)| monitor.deadline());
+        let repeat = repeat.filter(|_| self.comparison.awaits_checkpoint());
+        let deadline = deadlines.chain(self.comparison.next_deadline()).chain(repeat).min();
         let wait = deadline.map(|deadline| {
             let us = deadline.saturating_sub(self.now_us());
             Timespec { tv_sec: (us / 1_000_000) as i64, tv_nsec: (us % 1_000_000 * 1000) as i64 }
         });
-        let mut fds: SmallVec<[PollFd<'_>; 5]> = smallvec![PollFd::new(&self.orders, PollFlags::IN)];
+        let mut fds: SmallVec<[PollFd<'_>; 6]> = smallvec![PollFd::new(&self.orders, PollFlags::IN)];
         let places = sockets.map(|socket| {
             let (fd, wanted) = socket.and_then(|(socket, wanted)| socket.interest(wanted))?;
             fds.push(PollFd::from_borrowed_fd(fd, wanted));
@@ -319,8 +345,8 @@ impl Filter {
             Err(error) => return Err(error.into()),
         }
         let ready = |place: usize| !fds[place].revents().is_empty();
-        let [primary, secondary, out, notify] = places.map(|place| place.is_some_and(ready));
-        Ok(Ready { orders: ready(0), primary, secondary, out, notify })
+        let [primary, secondary, out, notify, monitor] = places.map(|place| place.is_some_and(ready));
+        Ok(Ready { orders: ready(0), primary, secondary, out, notify, monitor })
     }
 
     fn connect(&mut self, now_us: u64) {
@@ -335,19 +361,78 @@ impl Filter {
         {
             *decoder = NotifyDecoder::default();
             // what was on its way on the last connection may not have arrived
-            *notify.outgoing.queue() = Vec::new();
+            notify.outgoing.clear();
             if self.comparison.awaits_checkpoint() {
                 notify::encode_wish(notify.outgoing.queue());
             }
         }
+        if let Some((output, monitor)) = &mut self.monitor
+            && output.connect(now_us)
+        {
+            *monitor = Monitor::new();
+            output.outgoing.clear();
+        }
     }
 
     /// Reads what the PVM has sent. Returns whether there was something.
-    fn read_primary(&mut self, now_us: u64) -> bool {
-        let taken = self.primary.read(now_us, |packet| {
+    fn fill_primary(&mut self, now_us: u64) -> bool {
+        let filled = self.primary.fill(now_us);
+        self.tell_loss(filled)
+    }
+
+    /// Hands over what was read.
+    fn take_primary(&mut self, now_us: u64) {
+        let taken = self.primary.take(now_us, |packet| {
             self.comparison.pvm_says(packet, now_us, self.out.outgoing.queue());
         });
-        self.tell_loss(taken)
+        self.tell_loss(taken.map(|()| true));
+    }
+
+    /// A checkpoint of the running epoch is committed, and the VM is about to run.
+    fn commit_running(&mut self, who: &str, now_us: u64) {
+        let epoch = self.comparison.epoch();
+        if let Err(error) = self.comparison.commit(epoch, now_us, self.out.outgoing.queue()) {
+            tracing::warn!("{who}: a checkpoint without effect: {error}");
+        }
+        self.paused = false;
+    }
+
+    fn hear_monitor(&mut self, now_us: u64) {
+        let Some((output, monitor)) = &mut self.monitor else {
+            return;
+        };
+        let mut bytes = [0; 4096];
+        let mut news = Vec::new();
+        // as much as there is: one event may hide behind another
+        while let Ok(read @ 1..) = output.read(&mut bytes, now_us) {
+            monitor.push(&bytes[..read]);
+            loop {
+                match monitor.next_news(now_us, output.outgoing.queue()) {
+                    Ok(Some(told)) => news.push(told),
+                    Ok(None) => break,
+                    Err(error) => {
+                        *monitor = Monitor::new();
+                        output.lost(&error.to_string(), now_us);
+                        break;
+                    }
+                }
+            }
+        }
+        for told in news {
+            match told {
+                News::Committed => self.commit_running("qmp", now_us),
+                News::GoesOnAlone => {
+                    tracing::info!("qmp: the primary goes on alone");
+                    self.comparison.take_over(now_us, self.out.outgoing.queue());
+                }
+                News::Failed => {
+                    tracing::error!(
+                        "qmp: QEMU's COLO has failed: nothing leaves until it is decided who goes on"
+                    );
+                    self.comparison.detach();
+                }
+            }
+        }
     }
 
     fn hear_notify(&mut self, now_us: u64) {
@@ -357,18 +442,12 @@ impl Filter {
         let mut bytes = [0; 1024];
         let read = notify.read(&mut bytes, now_us);
         decoder.push(&bytes[..*read.as_ref().unwrap_or(&0)]);
+        let mut committed = 0;
         loop {
             match decoder.next_message() {
                 Ok(None) => break,
                 Ok(Some(Message::Init)) => notify::encode_ready(notify.outgoing.queue()),
-                Ok(Some(Message::Checkpoint)) => {
-                    let epoch = self.comparison.epoch();
-                    let out = self.out.outgoing.queue();
-                    if let Err(error) = self.comparison.commit(epoch, now_us, out) {
-                        tracing::warn!("notify: a checkpoint without effect: {error}");
-                    }
-                    self.paused = false;
-                }
+                Ok(Some(Message::Checkpoint)) => committed += 1,
                 Ok(Some(Message::Unknown)) => tracing::warn!("notify: a message that is not known"),
                 Err(error) => {
                     *decoder = NotifyDecoder::default();
@@ -377,16 +456,22 @@ impl Filter {
                 }
             }
         }
+        for _ in 0..committed {
+            self.commit_running("notify", now_us);
+        }
     }
 
     fn command(&mut self, command: &Command, now_us: u64) -> Result<Value, String> {
         match command {
             Command::Status => return Ok(self.status()),
             Command::Marker { epoch } => {
+                // some may have been read already
+                self.take_primary(now_us);
                 for _ in 0..LAST_READS_MAX {
-                    if !self.read_primary(now_us) {
+                    if !self.fill_primary(now_us) {
                         break;
                     }
+                    self.take_primary(now_us);
                 }
                 let out = self.out.outgoing.queue();
                 self.comparison.marker(*epoch, out).map_err(|error| error.to_string())?;
@@ -422,6 +507,7 @@ impl Filter {
         status["primary_in"] = self.primary.status();
         status["secondary_in"] = self.secondary.status();
         status["out"] = self.out.status();
+        status["qmp"] = self.monitor.as_ref().map(|(output, _)| output.status()).into();
         status["notify"] = self.notify.as_ref().map(|(notify, _)| notify.status()).into();
         status
     }
@@ -434,7 +520,12 @@ impl Filter {
         })
     }
 
-    fn tell_wish(&mut self) {
+    fn tell_wish(&mut self, now_us: u64) {
+        if let Some((output, monitor)) = &mut self.monitor
+            && self.comparison.awaits_checkpoint()
+        {
+            monitor.ask(now_us, output.outgoing.queue());
+        }
         let Some(wish) = self.comparison.take_wish() else {
             return;
         };
@@ -448,9 +539,10 @@ impl Filter {
     fn send(&mut self, now_us: u64) {
         let sent = self.out.send(now_us);
         self.tell_loss(sent.map(|()| true));
-        if let Some((notify, _)) = &mut self.notify {
-            // it is told in the log; whoever it was connects again
-            let _ = notify.send(now_us);
+        let notify = self.notify.as_mut().map(|(notify, _)| notify);
+        for output in notify.into_iter().chain(self.monitor.as_mut().map(|(output, _)| output)) {
+            // it is told in the log; whoever it was is connected again
+            let _ = output.send(now_us);
         }
     }
 }
