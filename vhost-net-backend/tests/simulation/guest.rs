@@ -1,0 +1,274 @@
+//! A VM: a stack, its application, and the log of everything that ever went in. The copy of a VM is another one that is
+//! given the same inputs at the same times, since smoltcp does nothing by chance but from its seed.
+
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use smoltcp::iface::SocketHandle;
+use smoltcp::socket::tcp::{Socket, State};
+use smoltcp::time::Duration;
+use smoltcp::wire::IpAddress;
+
+use crate::app::{Hash, Server};
+use crate::segment::opener;
+use crate::stack::{CLIENT, Frame, GUEST, Stack, socket};
+
+pub(crate) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
+/// The server's port.
+pub(crate) const PORT: u16 = 80;
+/// A connection that the guest opens to port p comes from port p plus this.
+pub(crate) const OPENS_FROM: u16 = 20_000;
+/// Sockets that listen at the same time, so that no connection is refused.
+const BACKLOG: usize = 6;
+
+/// What both VMs have in common: it shows in their SYNs.
+#[derive(Clone, Debug)]
+pub(crate) struct Setup {
+    pub(crate) rx_bytes: usize,
+    pub(crate) tx_bytes: usize,
+    pub(crate) timestamps: bool,
+}
+
+/// What two copies of a VM do not have in common: timing, chance, and what else the outside does not see of a state.
+#[derive(Clone, Debug)]
+pub(crate) struct Personality {
+    /// How many numbers to take from the stack's generator, so that later initial sequence numbers differ.
+    pub(crate) draws: u32,
+    pub(crate) chance: u64,
+    pub(crate) ack_delay_us: Option<u64>,
+    pub(crate) nagle: bool,
+    /// Bytes that the application writes at once.
+    pub(crate) write_bytes_max: usize,
+    /// How far the guest's clock jumps.
+    pub(crate) clock_ms: u32,
+    /// Longest segment.
+    pub(crate) mss: u16,
+}
+
+#[derive(Clone)]
+enum Input {
+    Become(Rc<Personality>),
+    Frame(Frame),
+    Poll(u64),
+}
+
+/// A point in a VM's life at which it can be copied.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Snapshot {
+    inputs: usize,
+    /// Frames that the host had not taken.
+    tx_frames: usize,
+    said: Hash,
+}
+
+struct Session {
+    handle: SocketHandle,
+    server: Server,
+}
+
+pub(crate) struct Guest {
+    setup: Setup,
+    log: Vec<Input>,
+    stack: Stack,
+    personality: Rc<Personality>,
+    chance: fastrand::Rng,
+    clock_ms: u32,
+    listeners: Vec<SocketHandle>,
+    /// Whose SYNs have come.
+    openers: BTreeSet<(IpAddress, u16)>,
+    sessions: Vec<Session>,
+    /// The application has more to write.
+    busy: bool,
+    /// Of all that the VM sent.
+    said: Hash,
+}
+
+impl Guest {
+    pub(crate) fn new(setup: &Setup, personality: Personality) -> Self {
+        let mut guest = Self::empty(setup, Rc::new(personality));
+        guest.become_another(Rc::clone(&guest.personality));
+        guest
+    }
+
+    fn empty(setup: &Setup, personality: Rc<Personality>) -> Self {
+        Self {
+            setup: setup.clone(),
+            log: Vec::new(),
+            stack: Stack::new(MAC, GUEST, 1),
+            chance: fastrand::Rng::with_seed(0),
+            personality,
+            clock_ms: 0,
+            listeners: Vec::new(),
+            openers: BTreeSet::new(),
+            sessions: Vec::new(),
+            busy: true,
+            said: Hash::default(),
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        Snapshot { inputs: self.log.len(), tx_frames: self.stack.card.tx.len(), said: self.said }
+    }
+
+    /// A copy of this VM as it was then, which goes on in its own way.
+    pub(crate) fn copy(&self, at: Snapshot, personality: Personality) -> Self {
+        let mut copy = Self::empty(&self.setup, Rc::clone(&self.personality));
+        for input in &self.log[..at.inputs] {
+            copy.apply(input.clone());
+            let taken = copy.stack.card.tx.len().saturating_sub(at.tx_frames);
+            copy.stack.card.tx.drain(..taken);
+        }
+        assert_eq!(
+            copy.said, at.said,
+            "the copy of a VM does not do what the VM did: the simulation is at fault"
+        );
+        copy.become_another(Rc::new(personality));
+        copy
+    }
+
+    pub(crate) fn become_another(&mut self, personality: Rc<Personality>) {
+        self.apply(Input::Become(personality));
+    }
+
+    /// A frame arrives at the card.
+    pub(crate) fn receive(&mut self, frame: Frame) {
+        self.apply(Input::Frame(frame));
+    }
+
+    /// The VM gets the processor.
+    pub(crate) fn poll(&mut self, now_us: u64) {
+        self.apply(Input::Poll(now_us));
+    }
+
+    /// When it wants the processor without being woken by a frame.
+    pub(crate) fn poll_at(&mut self, now_us: u64) -> Option<u64> {
+        if self.busy { Some(now_us) } else { self.stack.poll_at(now_us) }
+    }
+
+    /// What the VM has sent and the host has not taken.
+    pub(crate) fn next_output(&mut self) -> Option<Frame> {
+        self.stack.card.tx.pop_front()
+    }
+
+    fn apply(&mut self, input: Input) {
+        self.log.push(input.clone());
+        match input {
+            Input::Become(personality) => self.change(personality),
+            Input::Frame(frame) => {
+                // a second socket would listen to it, and not the one that has heard it already
+                if opener(&frame).is_none_or(|opener| self.openers.insert(opener)) {
+                    self.stack.card.rx.push_back(frame);
+                }
+            }
+            Input::Poll(now_us) => self.run(now_us),
+        }
+    }
+
+    fn change(&mut self, personality: Rc<Personality>) {
+        for _ in 0..personality.draws {
+            // to open a connection takes a number; it is forgotten before it sends anything
+            let mut unused = socket(64, 64, false);
+            unused.connect(self.stack.interface.context(), (CLIENT[0], 1), 1).unwrap();
+        }
+        self.chance = fastrand::Rng::with_seed(personality.chance);
+        self.clock_ms += personality.clock_ms;
+        self.stack.card.mss = personality.mss;
+        self.personality = personality;
+        let handles =
+            self.listeners.iter().copied().chain(self.sessions.iter().map(|session| session.handle));
+        for handle in handles {
+            behave(self.stack.sockets.get_mut(handle), &self.personality);
+        }
+    }
+
+    fn run(&mut self, now_us: u64) {
+        let clock_ms = (now_us / 1000) as u32 + self.clock_ms;
+        let sent_before = self.stack.card.tx.len();
+        self.listen();
+        self.stack.poll(now_us, clock_ms);
+        self.accept();
+        self.serve();
+        self.stack.poll(now_us, clock_ms);
+        self.sessions.retain(|session| {
+            let ended = self.stack.sockets.get::<Socket>(session.handle).state() == State::Closed;
+            if ended {
+                self.stack.sockets.remove(session.handle);
+            }
+            !ended
+        });
+        for frame in self.stack.card.tx.iter().skip(sent_before) {
+            frame.iter().for_each(|byte| self.said.add(*byte));
+        }
+    }
+
+    fn socket(&self) -> Socket<'static> {
+        let mut socket = socket(self.setup.rx_bytes, self.setup.tx_bytes, self.setup.timestamps);
+        behave(&mut socket, &self.personality);
+        socket
+    }
+
+    fn listen(&mut self) {
+        let state = |handle: &&SocketHandle| self.stack.sockets.get::<Socket>(**handle).state();
+        let listening = self.listeners.iter().filter(|handle| state(handle) == State::Listen).count();
+        for _ in listening..BACKLOG {
+            let mut socket = self.socket();
+            socket.listen(PORT).unwrap();
+            self.listeners.push(self.stack.sockets.add(socket));
+        }
+    }
+
+    fn accept(&mut self) {
+        for handle in std::mem::take(&mut self.listeners) {
+            match self.stack.sockets.get::<Socket>(handle).state() {
+                State::Listen | State::SynReceived => self.listeners.push(handle),
+                _ => self.sessions.push(Session { handle, server: Server::default() }),
+            }
+        }
+    }
+
+    fn serve(&mut self) {
+        self.busy = false;
+        let mut wanted = Vec::new();
+        for Session { handle, server } in &mut self.sessions {
+            let socket = self.stack.sockets.get_mut::<Socket>(*handle);
+            if matches!(socket.state(), State::SynSent | State::SynReceived | State::Closed) {
+                continue;
+            }
+            let mut room = self.personality.write_bytes_max;
+            loop {
+                if server.wants_input() && socket.can_recv() {
+                    let mut bytes = [0; 1024];
+                    let count = socket.recv_slice(&mut bytes).unwrap();
+                    server.input.extend(&bytes[..count]);
+                }
+                wanted.extend(server.work(&mut self.chance));
+                let (next, _) = server.output.as_slices();
+                let next = &next[..next.len().min(room)];
+                if next.is_empty() || !socket.can_send() {
+                    break;
+                }
+                let count = socket.send_slice(next).unwrap();
+                server.output.drain(..count);
+                room -= count;
+            }
+            self.busy |= room == 0 && !server.output.is_empty() && socket.can_send();
+            self.busy |= server.wants_input() && socket.can_recv();
+            let client_has_ended = socket.state() == State::CloseWait && !socket.can_recv();
+            if server.output.is_empty() && (server.is_closed() || client_has_ended) {
+                socket.close();
+            }
+        }
+        for (port, v6) in wanted {
+            let mut socket = self.socket();
+            let remote = (CLIENT[usize::from(v6)], port);
+            socket.connect(self.stack.interface.context(), remote, port + OPENS_FROM).unwrap();
+            let handle = self.stack.sockets.add(socket);
+            self.sessions.push(Session { handle, server: Server::default() });
+        }
+    }
+}
+
+fn behave(socket: &mut Socket<'_>, personality: &Personality) {
+    socket.set_ack_delay(personality.ack_delay_us.map(Duration::from_micros));
+    socket.set_nagle_enabled(personality.nagle);
+}

@@ -1,0 +1,303 @@
+//! What may leave: computed from what the two VMs send and from the checkpoints alone, not by the code under test.
+//!
+//! Positions in a stream count from the sender's own SYN, so that the two VMs' initial sequence numbers, which are seen in
+//! their packets, do not matter.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use crate::segment::{Flow, Segment, syn_answer};
+use crate::trace;
+
+/// `a >= b` for sequence numbers.
+fn reaches(a: u32, b: u32) -> bool {
+    a.wrapping_sub(b).cast_signed() >= 0
+}
+
+fn raise(seen: &mut Option<u32>, value: u32) {
+    if seen.is_none_or(|seen| reaches(value, seen)) {
+        *seen = Some(value);
+    }
+}
+
+/// What one VM has said on a connection.
+#[derive(Clone, Debug, Default)]
+struct Said {
+    isn: Option<u32>,
+    /// Byte by position behind the SYN.
+    bytes: BTreeMap<u32, u8>,
+    syn: bool,
+    fin: Option<u32>,
+    rst: bool,
+    /// Highest acknowledgment, in the client's sequence numbers.
+    ack: Option<u32>,
+    /// Highest right edge of a window, likewise.
+    edge: Option<u32>,
+}
+
+impl Said {
+    fn position(&self, segment: &Segment) -> Option<u32> {
+        Some(segment.seq.wrapping_sub(self.isn?).wrapping_sub(u32::from(!segment.syn)))
+    }
+
+    fn add(&mut self, segment: &Segment, scale: Option<u8>) {
+        if segment.rst {
+            self.rst = true;
+            return;
+        }
+        if segment.syn {
+            assert!(
+                self.isn.is_none_or(|isn| isn == segment.seq),
+                "a port is used twice: the simulation is at fault"
+            );
+            self.isn = Some(segment.seq);
+            self.syn = true;
+        }
+        if let Some(ack) = segment.ack {
+            raise(&mut self.ack, ack);
+            if let Some(scale) = scale {
+                raise(&mut self.edge, ack.wrapping_add(segment.window << scale));
+            }
+        }
+        let Some(position) = self.position(segment) else { return };
+        for (at, byte) in (position..).zip(&segment.payload) {
+            // a keep-alive repeats a byte's place, not the byte
+            self.bytes.entry(at).or_insert(*byte);
+        }
+        if segment.fin {
+            self.fin = Some(position + segment.payload.len() as u32);
+        }
+    }
+}
+
+/// How far a VM had come on a connection.
+#[derive(Clone, Debug, Default)]
+struct Mark {
+    isn: Option<u32>,
+    syn: bool,
+    bytes: u32,
+    fin: bool,
+    rst: bool,
+    ack: Option<u32>,
+    edge: Option<u32>,
+}
+
+#[derive(Debug, Default)]
+struct Connection {
+    /// The shift of the guest's windows, the same for both VMs.
+    named_scale: u8,
+    guest_opens: bool,
+    /// Whether the client scales windows, if the guest opens the connection and that is known.
+    client_scales: Option<bool>,
+    pvm: Said,
+    /// In its present epoch.
+    svm: Said,
+    /// Covered by the last committed checkpoint.
+    committed: Mark,
+    snapshot: Mark,
+}
+
+impl Connection {
+    fn scale(&self, segment: &Segment) -> Option<u8> {
+        match (segment.syn, self.guest_opens, self.client_scales) {
+            (true, ..) => Some(0),
+            (false, false, _) | (false, true, Some(true)) => Some(self.named_scale),
+            (false, true, Some(false)) => Some(0),
+            (false, true, None) => None,
+        }
+    }
+}
+
+/// Knows what may leave.
+#[derive(Default)]
+pub(crate) struct Oracle {
+    connections: BTreeMap<Flow, Connection>,
+    /// Other frames that the PVM sent, and how many of each.
+    pvm_frames: HashMap<Vec<u8>, u32>,
+    svm_frames: HashSet<Vec<u8>>,
+    committed_frames: HashSet<Vec<u8>>,
+    snapshot_frames: HashSet<Vec<u8>>,
+    /// What was given to the primary and has not come out, and how often: without what it may change.
+    outstanding: HashMap<Vec<u8>, u32>,
+    outstanding_frames: u64,
+    /// A table of flows that is too small for them forgets how far windows reach: then they are not looked at.
+    forgets_windows: bool,
+    pub(crate) released: u64,
+    pub(crate) reopened: u64,
+}
+
+/// A frame without its TCP window and checksum.
+fn essence(frame: &[u8], segment: Option<&Segment>) -> Vec<u8> {
+    let mut essence = frame.to_vec();
+    if let Some(segment) = segment {
+        essence[segment.at + 14..segment.at + 18].fill(0);
+    }
+    essence
+}
+
+impl Oracle {
+    pub(crate) fn new(forgets_windows: bool) -> Self {
+        Self { forgets_windows, ..Self::default() }
+    }
+
+    fn connection(&mut self, segment: &Segment) -> &mut Connection {
+        let connection = self.connections.entry(segment.flow).or_default();
+        if segment.syn {
+            connection.guest_opens = segment.ack.is_none();
+            connection.named_scale = segment.window_scale.unwrap_or(0);
+        }
+        connection
+    }
+
+    /// The primary takes this frame from the PVM.
+    pub(crate) fn pvm_says(&mut self, frame: &[u8]) {
+        let segment = Segment::of_guest(frame);
+        *self.outstanding.entry(essence(frame, segment.as_ref())).or_default() += 1;
+        self.outstanding_frames += 1;
+        match segment {
+            Some(segment) => {
+                let connection = self.connection(&segment);
+                let scale = connection.scale(&segment);
+                connection.pvm.add(&segment, scale);
+            }
+            None => *self.pvm_frames.entry(frame.to_vec()).or_default() += 1,
+        }
+    }
+
+    /// The secondary takes this frame from the SVM, which runs in the epoch that follows the last committed one.
+    pub(crate) fn svm_says(&mut self, frame: &[u8]) {
+        match Segment::of_guest(frame) {
+            Some(segment) => {
+                let connection = self.connection(&segment);
+                let scale = connection.scale(&segment);
+                connection.svm.add(&segment, scale);
+            }
+            None => drop(self.svm_frames.insert(frame.to_vec())),
+        }
+    }
+
+    /// The client has sent this frame, and it reached the PVM.
+    pub(crate) fn pvm_hears(&mut self, frame: &[u8]) {
+        if let Some((flow, scales)) = syn_answer(frame)
+            && let Some(connection) = self.connections.get_mut(&flow)
+        {
+            connection.client_scales.get_or_insert(scales);
+        }
+    }
+
+    /// The PVM is paused for a checkpoint.
+    pub(crate) fn snapshot(&mut self) {
+        for connection in self.connections.values_mut() {
+            let pvm = &connection.pvm;
+            connection.snapshot = Mark {
+                isn: pvm.isn,
+                syn: pvm.syn,
+                bytes: pvm.bytes.keys().next_back().map_or(0, |last| last + 1),
+                fin: pvm.fin.is_some(),
+                rst: pvm.rst,
+                ack: pvm.ack,
+                edge: pvm.edge,
+            };
+        }
+        self.snapshot_frames.extend(self.pvm_frames.keys().cloned());
+    }
+
+    /// The secondary has committed the checkpoint: what the PVM sent before it may leave.
+    pub(crate) fn committed(&mut self) {
+        for connection in self.connections.values_mut() {
+            connection.committed = connection.snapshot.clone();
+        }
+        self.committed_frames.clone_from(&self.snapshot_frames);
+    }
+
+    /// The SVM is what the PVM was at the snapshot.
+    pub(crate) fn svm_replaced(&mut self) {
+        for connection in self.connections.values_mut() {
+            connection.svm = Said { isn: connection.committed.isn, ..Said::default() };
+        }
+        self.svm_frames.clear();
+    }
+
+    /// The primary, which is half of a pair, sends this frame to the LAN.
+    pub(crate) fn primary_sends(&mut self, frame: &[u8]) {
+        let segment = Segment::of_guest(frame);
+        self.account(frame, segment.as_ref());
+        let Some(segment) = segment else {
+            let said = self.svm_frames.contains(frame) || self.committed_frames.contains(frame);
+            assert!(said, "output commit: the SVM has not said {}", trace::frame(frame));
+            return;
+        };
+        let connection = &self.connections[&segment.flow];
+        let what = |rule: &str| {
+            let Connection { pvm, svm, committed, .. } = connection;
+            format!(
+                "output commit: {rule}: {}\n  PVM ack {:?} edge {:?}, SVM isn {:?} ack {:?} edge {:?} fin {:?}, {committed:?}",
+                trace::frame(frame),
+                pvm.ack,
+                pvm.edge,
+                svm.isn,
+                svm.ack,
+                svm.edge,
+                svm.fin
+            )
+        };
+        let Connection { pvm, svm, committed, .. } = connection;
+        if segment.rst {
+            assert!(svm.rst || committed.rst, "{}", what("the SVM has not reset the connection"));
+            return;
+        }
+        if segment.syn {
+            assert!(svm.syn || committed.syn, "{}", what("the SVM has not opened the connection"));
+        }
+        let position = pvm.position(&segment).expect("the PVM's SYN was seen");
+        for (at, byte) in (position..).zip(&segment.payload) {
+            assert_eq!(pvm.bytes.get(&at), Some(byte), "{}", what("the PVM said something else"));
+            let said = at < committed.bytes || svm.bytes.get(&at) == Some(byte);
+            assert!(said, "{} (byte {at})", what("the SVM has not said these bytes"));
+        }
+        if segment.fin {
+            let end = position + segment.payload.len() as u32;
+            assert!(svm.fin == Some(end) || committed.fin, "{}", what("the SVM has not ended the stream"));
+        }
+        let Some(ack) = segment.ack else { return };
+        let within = |value: u32, limit: Option<u32>| limit.is_some_and(|limit| reaches(limit, value));
+        let acked = within(ack, svm.ack) || within(ack, committed.ack);
+        assert!(acked, "{}", what("the SVM has not acknowledged as much"));
+        if let (Some(scale), false) = (connection.scale(&segment), self.forgets_windows) {
+            let edge = ack.wrapping_add(segment.window << scale);
+            let offered = within(edge, svm.edge) || within(edge, committed.edge);
+            assert!(offered, "{}", what("the SVM has not offered such a window"));
+        }
+    }
+
+    /// What leaves is what the PVM gave, once; or it opens a window that had been narrowed.
+    fn account(&mut self, frame: &[u8], segment: Option<&Segment>) {
+        let essence = essence(frame, segment);
+        match self.outstanding.get_mut(&essence) {
+            Some(count) => {
+                *count -= 1;
+                if *count == 0 {
+                    self.outstanding.remove(&essence);
+                }
+                self.outstanding_frames -= 1;
+                self.released += 1;
+            }
+            None => {
+                let opens = segment.is_some_and(|segment| {
+                    segment.payload.is_empty() && !segment.syn && !segment.fin && !segment.rst
+                });
+                assert!(opens, "the PVM did not send {}, or not so often", trace::frame(frame));
+                self.reopened += 1;
+            }
+        }
+    }
+
+    /// The primary, which is alone now, sends this frame to the LAN.
+    pub(crate) fn survivor_sends(&mut self, frame: &[u8]) {
+        self.account(frame, Segment::of_guest(frame).as_ref());
+    }
+
+    /// All that the PVM gave has left: the proxy holds nothing and has lost nothing.
+    pub(crate) fn expect_nothing_held(&self, when: &str) {
+        assert_eq!(self.outstanding_frames, 0, "packets of the PVM are lost or held for ever {when}");
+    }
+}
