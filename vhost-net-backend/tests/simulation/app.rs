@@ -25,6 +25,8 @@ pub(crate) enum Command {
     Open { port: u16, v6: bool },
     /// End the connection.
     Close,
+    /// Break the connection off.
+    Abort,
 }
 
 impl Command {
@@ -37,6 +39,7 @@ impl Command {
             Self::Digest => (4, 0, 0),
             Self::Open { port, v6 } => (5, u32::from(port), u32::from(v6)),
             Self::Close => (6, 0, 0),
+            Self::Abort => (7, 0, 0),
         };
         let mut bytes = [kind; COMMAND_BYTES];
         bytes[1..5].copy_from_slice(&first.to_be_bytes());
@@ -55,6 +58,7 @@ impl Command {
             4 => Self::Digest,
             5 => Self::Open { port: first as u16, v6: seed != 0 },
             6 => Self::Close,
+            7 => Self::Abort,
             kind => panic!(
                 "the guest's application got the command {kind}: its input is not what the client sent"
             ),
@@ -106,6 +110,7 @@ enum Work {
     Echo(u32),
     Chance(u32),
     Closed,
+    Aborted,
 }
 
 /// One session of the server.
@@ -133,6 +138,11 @@ impl Server {
         matches!(self.work, Work::Closed)
     }
 
+    /// It has asked for a reset.
+    pub(crate) fn is_aborted(&self) -> bool {
+        matches!(self.work, Work::Aborted)
+    }
+
     fn say(&mut self, byte: u8) {
         self.said.add(byte);
         self.output.push_back(byte);
@@ -146,7 +156,7 @@ impl Server {
     pub(crate) fn work(&mut self, chance: &mut fastrand::Rng) -> Option<(u16, bool)> {
         while self.output.len() < QUEUE_BYTES_MAX {
             match &mut self.work {
-                Work::Closed => return None,
+                Work::Closed | Work::Aborted => return None,
                 Work::Give(0, _) | Work::Echo(0) | Work::Chance(0) => self.work = Work::Command,
                 Work::Take(0, hash) => {
                     let hash = *hash;
@@ -186,6 +196,7 @@ impl Server {
                         Command::Chance { bytes } => self.work = Work::Chance(bytes),
                         Command::Digest => self.say_hash(self.said),
                         Command::Close => self.work = Work::Closed,
+                        Command::Abort => self.work = Work::Aborted,
                         Command::Open { port, v6 } => {
                             self.say(OPENED);
                             return Some((port, v6));

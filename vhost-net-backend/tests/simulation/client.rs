@@ -7,6 +7,7 @@ use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::time::Duration;
 
 use crate::app::{Bytes, Command, Hash, OPENED, echoed};
+use crate::datagrams::{self, Datagrams};
 use crate::guest::PORT;
 use crate::paws::Paws;
 use crate::stack::{CLIENT, Frame, GUEST, Stack, socket};
@@ -66,6 +67,8 @@ pub(crate) struct Connection {
     expected: VecDeque<Expected>,
     received: Hash,
     received_bytes: u64,
+    /// The guest has been asked to break it off.
+    aborts: bool,
     done: bool,
 }
 
@@ -89,7 +92,10 @@ impl Connection {
                 self.to_send.push_back(byte);
                 continue;
             }
-            if self.expected.len() >= self.plan.pipeline {
+            // what the guest has said and the client has not yet got would be lost with a connection that is broken off
+            let pipeline =
+                if self.plan.script.front() == Some(&Command::Abort) { 1 } else { self.plan.pipeline };
+            if self.expected.len() >= pipeline {
                 return;
             }
             let Some(command) = self.plan.script.pop_front() else { return };
@@ -102,6 +108,7 @@ impl Connection {
                 Command::Digest => self.expected.push_back(Expected::Digest),
                 Command::Open { .. } => self.expected.push_back(Expected::Exactly([OPENED].into())),
                 Command::Close => {}
+                Command::Abort => self.aborts = true,
                 Command::Take { bytes, seed } => {
                     let (mut sent, mut hash) = (Bytes::of(seed), Hash::default());
                     (0..bytes).for_each(|_| hash.add(sent.next()));
@@ -182,7 +189,7 @@ impl Connection {
         if guest_has_ended {
             assert!(all, "connection {}: the guest ended it before its end: {self:?}", self.name);
         }
-        if all || (self.plan.half_close && self.has_sent_all()) {
+        if !self.aborts && (all || (self.plan.half_close && self.has_sent_all())) {
             socket.close();
         }
         self.done = socket.state() == State::TimeWait && !socket.can_recv();
@@ -198,12 +205,13 @@ pub(crate) struct Client {
     stack: Stack,
     connections: Vec<Connection>,
     states: Vec<State>,
+    datagrams: Datagrams,
     paws: Paws,
     busy: bool,
 }
 
 impl Client {
-    pub(crate) fn new(seed: u64, plans: Vec<Plan>) -> Self {
+    pub(crate) fn new(seed: u64, plans: Vec<Plan>, datagrams: datagrams::Plan) -> Self {
         let mut stack = Stack::new(MAC, CLIENT, seed);
         let mut connections = Vec::new();
         for (name, plan) in plans.into_iter().enumerate() {
@@ -215,6 +223,7 @@ impl Client {
                 expected: VecDeque::new(),
                 received: Hash::default(),
                 received_bytes: 0,
+                aborts: false,
                 done: false,
                 plan,
             };
@@ -226,7 +235,8 @@ impl Client {
             connections.push(connection);
         }
         let states = vec![State::Listen; connections.len()];
-        Self { stack, connections, states, paws: Paws::default(), busy: true }
+        let datagrams = Datagrams::new(datagrams, &mut stack.sockets);
+        Self { stack, connections, states, datagrams, paws: Paws::default(), busy: true }
     }
 
     pub(crate) fn receive(&mut self, frame: Frame) {
@@ -266,6 +276,7 @@ impl Client {
             }
             assert!(
                 socket.state() != State::Closed
+                    || (connection.aborts && connection.to_send.is_empty())
                     || matches!(self.states[index], State::LastAck | State::Closing),
                 "connection {index}: it was reset in {}: {connection:?}",
                 self.states[index]
@@ -276,6 +287,7 @@ impl Client {
             }
             self.states[index] = socket.state();
         }
+        self.datagrams.work(now_us, &mut self.stack.sockets);
         self.stack.poll(now_us, clock_ms);
     }
 
@@ -287,11 +299,12 @@ impl Client {
             Begin::Opens { at_us } if connection.handle.is_none() => Some(at_us),
             _ => None,
         });
-        self.stack.poll_at(now_us).into_iter().chain(opens).min()
+        let datagram = self.datagrams.next_us();
+        self.stack.poll_at(now_us).into_iter().chain(opens).chain(datagram).min()
     }
 
     pub(crate) fn is_done(&self) -> bool {
-        self.connections.iter().all(|connection| connection.done)
+        self.datagrams.is_done() && self.connections.iter().all(|connection| connection.done)
     }
 
     /// The connections that are not done, for whoever has to find out why.

@@ -6,16 +6,19 @@ use std::rc::Rc;
 
 use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp::{Socket, State};
+use smoltcp::socket::udp;
 use smoltcp::time::Duration;
 use smoltcp::wire::IpAddress;
 
-use crate::app::{Hash, Server};
+use crate::app::{Hash, Server, echoed};
 use crate::segment::opener;
-use crate::stack::{CLIENT, Frame, GUEST, Stack, socket};
+use crate::stack::{CLIENT, Frame, GUEST, Stack, datagram_socket, socket};
 
 pub(crate) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 9];
 /// The server's port.
 pub(crate) const PORT: u16 = 80;
+/// The port for datagrams.
+pub(crate) const DATAGRAM_PORT: u16 = 53;
 /// A connection that the guest opens to port p comes from port p plus this.
 pub(crate) const OPENS_FROM: u16 = 20_000;
 /// Sockets that listen at the same time, so that no connection is refused.
@@ -77,6 +80,7 @@ pub(crate) struct Guest {
     /// Whose SYNs have come.
     openers: BTreeSet<(IpAddress, u16)>,
     sessions: Vec<Session>,
+    datagrams: SocketHandle,
     /// The application has more to write.
     busy: bool,
     /// Of all that the VM sent.
@@ -91,10 +95,13 @@ impl Guest {
     }
 
     fn empty(setup: &Setup, personality: Rc<Personality>) -> Self {
+        let mut stack = Stack::new(MAC, GUEST, 1);
+        let datagrams = stack.sockets.add(datagram_socket(DATAGRAM_PORT));
         Self {
             setup: setup.clone(),
             log: Vec::new(),
-            stack: Stack::new(MAC, GUEST, 1),
+            stack,
+            datagrams,
             chance: fastrand::Rng::with_seed(0),
             personality,
             clock_ms: 0,
@@ -201,6 +208,17 @@ impl Guest {
         }
     }
 
+    fn answer_datagrams(&mut self) {
+        let socket = self.stack.sockets.get_mut::<udp::Socket>(self.datagrams);
+        while socket.can_send()
+            && let Ok((question, from)) = socket.recv()
+        {
+            let answer: Vec<u8> = question.iter().copied().map(echoed).collect();
+            // what finds no room is lost, as datagrams are
+            let _ = socket.send_slice(&answer, from);
+        }
+    }
+
     fn socket(&self) -> Socket<'static> {
         let mut socket = socket(self.setup.rx_bytes, self.setup.tx_bytes, self.setup.timestamps);
         behave(&mut socket, &self.personality);
@@ -257,7 +275,11 @@ impl Guest {
             if server.output.is_empty() && (server.is_closed() || client_has_ended) {
                 socket.close();
             }
+            if server.is_aborted() {
+                socket.abort();
+            }
         }
+        self.answer_datagrams();
         for (port, v6) in wanted {
             let mut socket = self.socket();
             let remote = (CLIENT[usize::from(v6)], port);

@@ -4,6 +4,7 @@
 
 mod app;
 mod client;
+mod datagrams;
 mod guest;
 mod oracle;
 mod pair;

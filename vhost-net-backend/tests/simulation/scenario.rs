@@ -6,6 +6,7 @@ use vhost_net_backend::proxy::Config;
 
 use crate::app::Command;
 use crate::client::{Begin, Plan};
+use crate::datagrams;
 use crate::guest::{Personality, Setup};
 use crate::stack::MSS_MAX;
 use crate::world::Side;
@@ -16,13 +17,22 @@ pub(crate) struct Weather {
     pub(crate) loss_percent: f64,
     pub(crate) double_percent: f64,
     pub(crate) damage_percent: f64,
+    /// Of frames that come very late.
+    pub(crate) late_percent: f64,
     pub(crate) delay_us: u64,
     pub(crate) jitter_us: u64,
 }
 
 impl Default for Weather {
     fn default() -> Self {
-        Self { loss_percent: 0.0, double_percent: 0.0, damage_percent: 0.0, delay_us: 50, jitter_us: 0 }
+        Self {
+            loss_percent: 0.0,
+            double_percent: 0.0,
+            damage_percent: 0.0,
+            late_percent: 0.0,
+            delay_us: 50,
+            jitter_us: 0,
+        }
     }
 }
 
@@ -37,6 +47,7 @@ pub(crate) struct Scenario {
     pub(crate) setup: Setup,
     pub(crate) config: Config,
     pub(crate) plans: Vec<Plan>,
+    pub(crate) datagrams: datagrams::Plan,
     pub(crate) weather: Weather,
     /// From then on the LAN loses nothing.
     pub(crate) clears_up_us: u64,
@@ -93,8 +104,10 @@ fn script(rng: &mut fastrand::Rng, chance: bool) -> Vec<Command> {
         });
     }
     script.push(Command::Digest);
-    if rng.bool() {
-        script.push(Command::Close);
+    match rng.u32(..8) {
+        0..=3 => script.push(Command::Close),
+        4 => script.push(Command::Abort),
+        _ => {}
     }
     script
 }
@@ -131,11 +144,18 @@ impl Scenario {
                 timestamps: timestamps || rng.bool(),
             });
         }
+        let datagrams = datagrams::Plan {
+            count: if rng.u32(..3) == 0 { rng.u32(..50) } else { 0 },
+            bytes_max: magnitude(rng, 20, 300, 1_400) as u32,
+            every_us: magnitude(rng, 200, 2_000, 100_000),
+            v6: rng.bool(),
+        };
         let rough = rng.u32(..3);
         let weather = Weather {
             loss_percent: [0.0, 1.0, 8.0][rough as usize] * rng.f64(),
             double_percent: [0.0, 2.0, 10.0][rough as usize] * rng.f64(),
             damage_percent: [0.0, 1.0, 5.0][rough as usize] * rng.f64(),
+            late_percent: [0.0, 0.5, 2.0][rough as usize] * rng.f64(),
             delay_us: magnitude(rng, 100, 1_000, 20_000),
             jitter_us: if rough == 0 { 0 } else { magnitude(rng, 100, 1_000, 20_000) },
         };
@@ -159,6 +179,7 @@ impl Scenario {
             setup,
             config,
             plans,
+            datagrams,
             weather,
             clears_up_us: 20_000_000,
             ends_us: 900_000_000,

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use smoltcp::iface::{Config, Interface, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
-use smoltcp::socket::tcp;
+use smoltcp::socket::{tcp, udp};
 use smoltcp::time::Instant;
 use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr};
 
@@ -140,5 +140,12 @@ pub(crate) fn socket(rx_bytes: usize, tx_bytes: usize, timestamps: bool) -> tcp:
     if timestamps {
         socket.set_tsval_generator(Some(|| CLOCK_MS.get()));
     }
+    socket
+}
+
+pub(crate) fn datagram_socket(port: u16) -> udp::Socket<'static> {
+    let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 16], vec![0; 16_384]);
+    let mut socket = udp::Socket::new(buffer(), buffer());
+    socket.bind(port).unwrap();
     socket
 }

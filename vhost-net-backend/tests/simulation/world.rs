@@ -152,6 +152,8 @@ pub(crate) struct World {
 
 /// More flows than this no scenario has.
 const FLOWS: usize = 20;
+/// How late a frame comes that the LAN has kept: its connection may be over.
+const LATE_US_MAX: u64 = 5_000_000;
 const NEVER: u64 = u64::MAX;
 /// Frames that a tap keeps.
 const TAP_FRAMES_MAX: usize = 512;
@@ -176,7 +178,7 @@ impl World {
             epoch: 0,
         };
         let hosts = [host(Half::primary(&config)), host(Half::secondary(&config))];
-        let client = Client::new(rng.u64(..), scenario.plans.clone());
+        let client = Client::new(rng.u64(..), scenario.plans.clone(), scenario.datagrams.clone());
         let mut world = Self {
             rng,
             now_us: 0,
@@ -460,7 +462,10 @@ impl World {
             if chance(&mut self.rng, weather.damage_percent) {
                 frame = self.damaged(&frame);
             }
-            let us = weather.delay_us + self.rng.u64(0..=weather.jitter_us);
+            let mut us = weather.delay_us + self.rng.u64(0..=weather.jitter_us);
+            if chance(&mut self.rng, weather.late_percent) {
+                us += self.rng.u64(0..=LATE_US_MAX);
+            }
             self.at(self.now_us + us, arrives(frame));
         }
     }
