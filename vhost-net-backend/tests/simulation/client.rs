@@ -35,6 +35,8 @@ pub(crate) struct Plan {
     pub(crate) begin: Begin,
     pub(crate) v6: bool,
     pub(crate) script: VecDeque<Command>,
+    /// If not empty, and if the client is the one that ended the connection, another one follows on the same ports.
+    pub(crate) again: VecDeque<Command>,
     /// Commands that may be unanswered at once.
     pub(crate) pipeline: usize,
     /// The client ends first, as soon as it has sent all, and not as soon as it got all.
@@ -73,10 +75,47 @@ pub(crate) struct Connection {
 }
 
 impl Connection {
+    fn new(name: usize, plan: Plan) -> Self {
+        Self {
+            name,
+            plan,
+            handle: None,
+            to_send: VecDeque::new(),
+            body: None,
+            expected: VecDeque::new(),
+            received: Hash::default(),
+            received_bytes: 0,
+            aborts: false,
+            done: false,
+        }
+    }
+
+    /// It is done, and no other follows.
+    fn is_over(&self, last: State) -> bool {
+        let follows = !self.plan.again.is_empty()
+            && last == State::TimeWait
+            && matches!(self.plan.begin, Begin::Opens { .. });
+        self.done && !follows
+    }
+
     fn socket(&self) -> Socket<'static> {
         let mut socket = socket(self.plan.rx_bytes, TX_BYTES, self.plan.timestamps);
         socket.set_keep_alive(Some(KEEP_ALIVE));
         socket
+    }
+
+    /// Once nothing of the connection is left, the next one on the same ports begins.
+    fn begin_again(&mut self, socket: &Socket<'_>, last: State, now_us: u64) {
+        if self.done && !self.is_over(last) && socket.state() == State::Closed {
+            *self = Self {
+                plan: Plan {
+                    begin: Begin::Opens { at_us: now_us },
+                    script: std::mem::take(&mut self.plan.again),
+                    ..self.plan.clone()
+                },
+                ..Self::new(self.name, self.plan.clone())
+            };
+        }
     }
 
     /// The next bytes to be sent, if there are any yet.
@@ -215,18 +254,7 @@ impl Client {
         let mut stack = Stack::new(MAC, CLIENT, seed);
         let mut connections = Vec::new();
         for (name, plan) in plans.into_iter().enumerate() {
-            let mut connection = Connection {
-                name,
-                handle: None,
-                to_send: VecDeque::new(),
-                body: None,
-                expected: VecDeque::new(),
-                received: Hash::default(),
-                received_bytes: 0,
-                aborts: false,
-                done: false,
-                plan,
-            };
+            let mut connection = Connection::new(name, plan);
             if let Begin::Accepts { port } = connection.plan.begin {
                 let mut socket = connection.socket();
                 socket.listen(port).unwrap();
@@ -272,6 +300,7 @@ impl Client {
             };
             let socket = self.stack.sockets.get_mut::<Socket>(handle);
             if connection.done {
+                connection.begin_again(socket, self.states[index], now_us);
                 continue;
             }
             assert!(
@@ -304,12 +333,14 @@ impl Client {
     }
 
     pub(crate) fn is_done(&self) -> bool {
-        self.datagrams.is_done() && self.connections.iter().all(|connection| connection.done)
+        self.datagrams.is_done()
+            && self.connections.iter().all(|connection| connection.is_over(self.states[connection.name]))
     }
 
     /// The connections that are not done, for whoever has to find out why.
     pub(crate) fn unfinished(&self) -> String {
-        let unfinished = self.connections.iter().filter(|connection| !connection.done);
+        let unfinished =
+            self.connections.iter().filter(|connection| !connection.is_over(self.states[connection.name]));
         unfinished.map(|connection| format!("\n  {} {connection:?}", self.states[connection.name])).collect()
     }
 }

@@ -8,7 +8,7 @@ use smoltcp::iface::SocketHandle;
 use smoltcp::socket::tcp::{Socket, State};
 use smoltcp::socket::udp;
 use smoltcp::time::Duration;
-use smoltcp::wire::IpAddress;
+use smoltcp::wire::IpEndpoint;
 
 use crate::app::{Hash, Server, echoed};
 use crate::segment::opener;
@@ -33,7 +33,7 @@ pub(crate) struct Setup {
 }
 
 /// What two copies of a VM do not have in common: timing, chance, and what else the outside does not see of a state.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Personality {
     /// How many numbers to take from the stack's generator, so that later initial sequence numbers differ.
     pub(crate) draws: u32,
@@ -46,6 +46,10 @@ pub(crate) struct Personality {
     pub(crate) clock_ms: u32,
     /// Longest segment.
     pub(crate) mss: u16,
+    /// How often a connection that is idle is probed, as smoltcp does not always when its window has closed.
+    pub(crate) keep_alive_us: u64,
+    /// How long the application takes to end a connection.
+    pub(crate) close_us: u64,
 }
 
 #[derive(Clone)]
@@ -67,9 +71,18 @@ pub(crate) struct Snapshot {
 struct Session {
     handle: SocketHandle,
     server: Server,
+    /// When it ends the connection.
+    closes_us: Option<u64>,
+}
+
+impl Session {
+    fn new(handle: SocketHandle) -> Self {
+        Self { handle, server: Server::default(), closes_us: None }
+    }
 }
 
 pub(crate) struct Guest {
+    seed: u64,
     setup: Setup,
     log: Vec<Input>,
     stack: Stack,
@@ -77,27 +90,31 @@ pub(crate) struct Guest {
     chance: fastrand::Rng,
     clock_ms: u32,
     listeners: Vec<SocketHandle>,
-    /// Whose SYNs have come.
-    openers: BTreeSet<(IpAddress, u16)>,
+    /// SYNs that a socket has taken: who sent them, and their sequence numbers.
+    heard: BTreeSet<(IpEndpoint, i32)>,
     sessions: Vec<Session>,
     datagrams: SocketHandle,
     /// The application has more to write.
     busy: bool,
+    /// When it wants to end a connection.
+    wakes_us: Option<u64>,
     /// Of all that the VM sent.
     said: Hash,
 }
 
 impl Guest {
-    pub(crate) fn new(setup: &Setup, personality: Personality) -> Self {
-        let mut guest = Self::empty(setup, Rc::new(personality));
+    /// The first connection's initial sequence number follows from the seed.
+    pub(crate) fn new(setup: &Setup, seed: u64, personality: Personality) -> Self {
+        let mut guest = Self::empty(setup, seed, Rc::new(Personality { draws: 0, ..personality }));
         guest.become_another(Rc::clone(&guest.personality));
         guest
     }
 
-    fn empty(setup: &Setup, personality: Rc<Personality>) -> Self {
-        let mut stack = Stack::new(MAC, GUEST, 1);
+    fn empty(setup: &Setup, seed: u64, personality: Rc<Personality>) -> Self {
+        let mut stack = Stack::new(MAC, GUEST, seed);
         let datagrams = stack.sockets.add(datagram_socket(DATAGRAM_PORT));
         Self {
+            seed,
             setup: setup.clone(),
             log: Vec::new(),
             stack,
@@ -106,9 +123,10 @@ impl Guest {
             personality,
             clock_ms: 0,
             listeners: Vec::new(),
-            openers: BTreeSet::new(),
+            heard: BTreeSet::new(),
             sessions: Vec::new(),
             busy: true,
+            wakes_us: None,
             said: Hash::default(),
         }
     }
@@ -119,7 +137,7 @@ impl Guest {
 
     /// A copy of this VM as it was then, which goes on in its own way.
     pub(crate) fn copy(&self, at: Snapshot, personality: Personality) -> Self {
-        let mut copy = Self::empty(&self.setup, Rc::clone(&self.personality));
+        let mut copy = Self::empty(&self.setup, self.seed, Rc::clone(&self.personality));
         for input in &self.log[..at.inputs] {
             copy.apply(input.clone());
             let taken = copy.stack.card.tx.len().saturating_sub(at.tx_frames);
@@ -149,7 +167,10 @@ impl Guest {
 
     /// When it wants the processor without being woken by a frame.
     pub(crate) fn poll_at(&mut self, now_us: u64) -> Option<u64> {
-        if self.busy { Some(now_us) } else { self.stack.poll_at(now_us) }
+        if self.busy {
+            return Some(now_us);
+        }
+        self.stack.poll_at(now_us).into_iter().chain(self.wakes_us).min()
     }
 
     /// What the VM has sent and the host has not taken.
@@ -157,16 +178,21 @@ impl Guest {
         self.stack.card.tx.pop_front()
     }
 
+    /// Its connections, for whoever has to find out why.
+    pub(crate) fn describe(&self) -> String {
+        let describe = |session: &Session| {
+            let socket = self.stack.sockets.get::<Socket>(session.handle);
+            let (remote, queue) = (socket.remote_endpoint(), socket.send_queue());
+            format!("\n  {remote:?} {} has {queue} bytes to send, {:?}", socket.state(), session.server)
+        };
+        self.sessions.iter().map(describe).collect()
+    }
+
     fn apply(&mut self, input: Input) {
         self.log.push(input.clone());
         match input {
             Input::Become(personality) => self.change(personality),
-            Input::Frame(frame) => {
-                // a second socket would listen to it, and not the one that has heard it already
-                if opener(&frame).is_none_or(|opener| self.openers.insert(opener)) {
-                    self.stack.card.rx.push_back(frame);
-                }
-            }
+            Input::Frame(frame) => self.stack.card.rx.push_back(frame),
             Input::Poll(now_us) => self.run(now_us),
         }
     }
@@ -192,9 +218,24 @@ impl Guest {
         let clock_ms = (now_us / 1000) as u32 + self.clock_ms;
         let sent_before = self.stack.card.tx.len();
         self.listen();
+        for frame in std::mem::take(&mut self.stack.card.rx) {
+            let Some((endpoint, number)) = opener(&frame) else {
+                self.stack.card.rx.push_back(frame);
+                continue;
+            };
+            // otherwise another socket would listen to a SYN that comes twice
+            self.stack.poll(now_us, clock_ms);
+            if !self.has_heard_of(endpoint) && !self.heard.contains(&(endpoint, number)) {
+                self.stack.card.rx.push_back(frame);
+                self.stack.poll(now_us, clock_ms);
+                if self.has_heard_of(endpoint) {
+                    self.heard.insert((endpoint, number));
+                }
+            }
+        }
         self.stack.poll(now_us, clock_ms);
         self.accept();
-        self.serve();
+        self.serve(now_us);
         self.stack.poll(now_us, clock_ms);
         self.sessions.retain(|session| {
             let ended = self.stack.sockets.get::<Socket>(session.handle).state() == State::Closed;
@@ -225,6 +266,14 @@ impl Guest {
         socket
     }
 
+    fn has_heard_of(&self, opener: IpEndpoint) -> bool {
+        let handles =
+            self.listeners.iter().copied().chain(self.sessions.iter().map(|session| session.handle));
+        handles
+            .into_iter()
+            .any(|handle| self.stack.sockets.get::<Socket>(handle).remote_endpoint() == Some(opener))
+    }
+
     fn listen(&mut self) {
         let state = |handle: &&SocketHandle| self.stack.sockets.get::<Socket>(**handle).state();
         let listening = self.listeners.iter().filter(|handle| state(handle) == State::Listen).count();
@@ -239,15 +288,16 @@ impl Guest {
         for handle in std::mem::take(&mut self.listeners) {
             match self.stack.sockets.get::<Socket>(handle).state() {
                 State::Listen | State::SynReceived => self.listeners.push(handle),
-                _ => self.sessions.push(Session { handle, server: Server::default() }),
+                _ => self.sessions.push(Session::new(handle)),
             }
         }
     }
 
-    fn serve(&mut self) {
+    fn serve(&mut self, now_us: u64) {
         self.busy = false;
+        self.wakes_us = None;
         let mut wanted = Vec::new();
-        for Session { handle, server } in &mut self.sessions {
+        for Session { handle, server, closes_us } in &mut self.sessions {
             let socket = self.stack.sockets.get_mut::<Socket>(*handle);
             if matches!(socket.state(), State::SynSent | State::SynReceived | State::Closed) {
                 continue;
@@ -273,7 +323,12 @@ impl Guest {
             self.busy |= server.wants_input() && socket.can_recv();
             let client_has_ended = socket.state() == State::CloseWait && !socket.can_recv();
             if server.output.is_empty() && (server.is_closed() || client_has_ended) {
-                socket.close();
+                let closes_us = *closes_us.get_or_insert(now_us + self.personality.close_us);
+                if closes_us <= now_us {
+                    socket.close();
+                } else {
+                    self.wakes_us = Some(self.wakes_us.unwrap_or(u64::MAX).min(closes_us));
+                }
             }
             if server.is_aborted() {
                 socket.abort();
@@ -285,12 +340,13 @@ impl Guest {
             let remote = (CLIENT[usize::from(v6)], port);
             socket.connect(self.stack.interface.context(), remote, port + OPENS_FROM).unwrap();
             let handle = self.stack.sockets.add(socket);
-            self.sessions.push(Session { handle, server: Server::default() });
+            self.sessions.push(Session::new(handle));
         }
     }
 }
 
 fn behave(socket: &mut Socket<'_>, personality: &Personality) {
     socket.set_ack_delay(personality.ack_delay_us.map(Duration::from_micros));
+    socket.set_keep_alive(Some(Duration::from_micros(personality.keep_alive_us)));
     socket.set_nagle_enabled(personality.nagle);
 }

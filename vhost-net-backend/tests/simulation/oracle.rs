@@ -19,6 +19,15 @@ fn raise(seen: &mut Option<u32>, value: u32) {
     }
 }
 
+/// It repeats a byte's place, not the byte (RFC 9293 §3.8.4).
+fn is_keep_alive(segment: &Segment) -> bool {
+    segment.payload == [0] && !segment.syn && !segment.fin
+}
+
+/// A connection, and what tells it from others on the same ports: the client's first sequence number, if the client opened
+/// it.
+type Key = (Flow, u32);
+
 /// What one VM has said on a connection.
 #[derive(Clone, Debug, Default)]
 struct Said {
@@ -37,6 +46,11 @@ struct Said {
 impl Said {
     fn position(&self, segment: &Segment) -> Option<u32> {
         Some(segment.seq.wrapping_sub(self.isn?).wrapping_sub(u32::from(!segment.syn)))
+    }
+
+    /// Whether a byte was said there, or the SYN.
+    fn has(&self, position: u32) -> bool {
+        position == u32::MAX || self.bytes.contains_key(&position)
     }
 
     fn add(&mut self, segment: &Segment, scale: Option<u8>) {
@@ -59,9 +73,11 @@ impl Said {
             }
         }
         let Some(position) = self.position(segment) else { return };
-        for (at, byte) in (position..).zip(&segment.payload) {
-            // a keep-alive repeats a byte's place, not the byte
-            self.bytes.entry(at).or_insert(*byte);
+        if is_keep_alive(segment) && self.has(position) {
+            return;
+        }
+        for (byte, at) in segment.payload.iter().zip(position..) {
+            self.bytes.insert(at, *byte);
         }
         if segment.fin {
             self.fin = Some(position + segment.payload.len() as u32);
@@ -110,7 +126,11 @@ impl Connection {
 /// Knows what may leave.
 #[derive(Default)]
 pub(crate) struct Oracle {
-    connections: BTreeMap<Flow, Connection>,
+    connections: BTreeMap<Key, Connection>,
+    /// The last connection of each VM on a flow.
+    pvm_last: BTreeMap<Flow, u32>,
+    svm_last: BTreeMap<Flow, u32>,
+    snapshot_last: BTreeMap<Flow, u32>,
     /// Other frames that the PVM sent, and how many of each.
     pvm_frames: HashMap<Vec<u8>, u32>,
     svm_frames: HashSet<Vec<u8>>,
@@ -139,8 +159,13 @@ impl Oracle {
         Self { forgets_windows, ..Self::default() }
     }
 
-    fn connection(&mut self, segment: &Segment) -> &mut Connection {
-        let connection = self.connections.entry(segment.flow).or_default();
+    fn connection(&mut self, segment: &Segment, of_svm: bool) -> &mut Connection {
+        let last = if of_svm { &mut self.svm_last } else { &mut self.pvm_last };
+        if let (true, Some(ack)) = (segment.syn, segment.ack) {
+            last.insert(segment.flow, ack);
+        }
+        let last = last.get(&segment.flow).copied().unwrap_or(0);
+        let connection = self.connections.entry((segment.flow, last)).or_default();
         if segment.syn {
             connection.guest_opens = segment.ack.is_none();
             connection.named_scale = segment.window_scale.unwrap_or(0);
@@ -155,7 +180,7 @@ impl Oracle {
         self.outstanding_frames += 1;
         match segment {
             Some(segment) => {
-                let connection = self.connection(&segment);
+                let connection = self.connection(&segment, false);
                 let scale = connection.scale(&segment);
                 connection.pvm.add(&segment, scale);
             }
@@ -167,7 +192,7 @@ impl Oracle {
     pub(crate) fn svm_says(&mut self, frame: &[u8]) {
         match Segment::of_guest(frame) {
             Some(segment) => {
-                let connection = self.connection(&segment);
+                let connection = self.connection(&segment, true);
                 let scale = connection.scale(&segment);
                 connection.svm.add(&segment, scale);
             }
@@ -178,7 +203,7 @@ impl Oracle {
     /// The client has sent this frame, and it reached the PVM.
     pub(crate) fn pvm_hears(&mut self, frame: &[u8]) {
         if let Some((flow, scales)) = syn_answer(frame)
-            && let Some(connection) = self.connections.get_mut(&flow)
+            && let Some(connection) = self.connections.get_mut(&(flow, 0))
         {
             connection.client_scales.get_or_insert(scales);
         }
@@ -198,6 +223,7 @@ impl Oracle {
                 edge: pvm.edge,
             };
         }
+        self.snapshot_last = self.pvm_last.clone();
         self.snapshot_frames.extend(self.pvm_frames.keys().cloned());
     }
 
@@ -214,6 +240,7 @@ impl Oracle {
         for connection in self.connections.values_mut() {
             connection.svm = Said { isn: connection.committed.isn, ..Said::default() };
         }
+        self.svm_last = self.snapshot_last.clone();
         self.svm_frames.clear();
     }
 
@@ -226,7 +253,8 @@ impl Oracle {
             assert!(said, "output commit: the SVM has not said {}", trace::frame(frame));
             return;
         };
-        let connection = &self.connections[&segment.flow];
+        let last = self.pvm_last.get(&segment.flow).copied().unwrap_or(0);
+        let connection = &self.connections[&(segment.flow, last)];
         let what = |rule: &str| {
             let Connection { pvm, svm, committed, .. } = connection;
             format!(
@@ -249,7 +277,8 @@ impl Oracle {
             assert!(svm.syn || committed.syn, "{}", what("the SVM has not opened the connection"));
         }
         let position = pvm.position(&segment).expect("the PVM's SYN was seen");
-        for (at, byte) in (position..).zip(&segment.payload) {
+        let data: &[u8] = if is_keep_alive(&segment) && pvm.has(position) { &[] } else { &segment.payload };
+        for (byte, at) in data.iter().zip(position..) {
             assert_eq!(pvm.bytes.get(&at), Some(byte), "{}", what("the PVM said something else"));
             let said = at < committed.bytes || svm.bytes.get(&at) == Some(byte);
             assert!(said, "{} (byte {at})", what("the SVM has not said these bytes"));

@@ -41,6 +41,10 @@ impl Paws {
     pub(crate) fn sent(&mut self, frame: &[u8]) {
         let Some(segment) = Segment::of_guest(frame) else { return };
         let flow = Flow { guest: segment.flow.remote, remote: segment.flow.guest };
-        self.connections.entry(flow).or_default().acked = segment.ack;
+        let connection = self.connections.entry(flow).or_default();
+        if segment.syn {
+            *connection = Connection::default();
+        }
+        connection.acked = segment.ack;
     }
 }

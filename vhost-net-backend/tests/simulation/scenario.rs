@@ -1,5 +1,6 @@
 //! What a seed stands for: what the client wants, how the VMs differ, how the network behaves, and what fails when.
 
+use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 
 use vhost_net_backend::proxy::Config;
@@ -85,9 +86,28 @@ pub(crate) fn personality(rng: &mut fastrand::Rng) -> Personality {
         ack_delay_us: rng.bool().then(|| magnitude(rng, 1_000, 10_000, 200_000)),
         nagle: rng.bool(),
         write_bytes_max: 1 + magnitude(rng, 100, 1_500, 20_000) as usize,
+        keep_alive_us: 100_000 + magnitude(rng, 100_000, 1_000_000, 5_000_000),
+        close_us: magnitude(rng, 0, 2_000, 50_000),
         clock_ms: rng.u32(..1_000_000),
         mss: if rng.bool() { MSS_MAX } else { rng.u16(100..=MSS_MAX) },
     }
+}
+
+/// A seed of a stack; every other one makes the first connection's sequence numbers wrap soon.
+pub(crate) fn stack_seed(rng: &mut fastrand::Rng) -> u64 {
+    let mut seed = rng.u64(..);
+    if rng.bool() {
+        while first_number(seed) < u32::MAX - 20_000 {
+            seed += 1;
+        }
+    }
+    seed
+}
+
+/// The first number of smoltcp's generator, sPCG32.
+fn first_number(seed: u64) -> u32 {
+    let state = seed.wrapping_mul(0xbb2e_fcec_3c39_611d).wrapping_add(0x7590_ef39);
+    (state >> (29 - (state >> 61))) as u32
 }
 
 fn script(rng: &mut fastrand::Rng, chance: bool) -> Vec<Command> {
@@ -136,6 +156,8 @@ impl Scenario {
             plans.push(Plan {
                 begin,
                 v6,
+                // what the client ends is over when it says so
+                again: if rng.u32(..6) == 0 { script(rng, chance).into() } else { VecDeque::new() },
                 script: script(rng, chance).into(),
                 pipeline: rng.usize(1..4),
                 half_close: rng.bool(),

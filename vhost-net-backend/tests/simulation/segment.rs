@@ -1,7 +1,8 @@
 //! TCP segments as the oracle reads them: with smoltcp's parser, not with the one that is under test.
 
 use smoltcp::wire::{
-    EthernetFrame, EthernetProtocol, IpAddress, IpProtocol, Ipv4Packet, Ipv6Packet, TcpOption, TcpPacket,
+    EthernetFrame, EthernetProtocol, IpAddress, IpEndpoint, IpProtocol, Ipv4Packet, Ipv6Packet, TcpOption,
+    TcpPacket,
 };
 
 /// A connection, from the guest's side.
@@ -89,12 +90,12 @@ impl Segment {
     }
 }
 
-/// Who opens a connection with this frame from the LAN, if it is whole.
-pub(crate) fn opener(frame: &[u8]) -> Option<(IpAddress, u16)> {
+/// Who opens a connection with this frame from the LAN, if it is whole, and with which sequence number.
+pub(crate) fn opener(frame: &[u8]) -> Option<(IpEndpoint, i32)> {
     let (at, source, destination, end) = tcp_at(frame)?;
     let tcp = TcpPacket::new_checked(frame.get(at..end)?).ok()?;
     let opens = tcp.syn() && !tcp.ack() && tcp.verify_checksum(&source, &destination);
-    opens.then(|| (source, tcp.src_port()))
+    opens.then(|| (IpEndpoint::new(source, tcp.src_port()), tcp.seq_number().0))
 }
 
 /// Whether a frame from the LAN is the answer to a SYN of the guest: the connection, and whether it scales windows.

@@ -10,7 +10,7 @@ use crate::client::Client;
 use crate::guest::{Guest, Personality, Snapshot};
 use crate::oracle::Oracle;
 use crate::pair::{Half, Message, Wish};
-use crate::scenario::{Failure, Scenario, personality};
+use crate::scenario::{Failure, Scenario, personality, stack_seed};
 use crate::stack::Frame;
 use crate::trace;
 
@@ -167,7 +167,7 @@ impl World {
         let mut host = |half| Host {
             phase: Phase::Paired,
             half,
-            guest: Guest::new(&scenario.setup, personality(&mut rng)),
+            guest: Guest::new(&scenario.setup, stack_seed(&mut rng), personality(&mut rng)),
             running: true,
             tap: VecDeque::new(),
             undelivered: VecDeque::new(),
@@ -178,7 +178,7 @@ impl World {
             epoch: 0,
         };
         let hosts = [host(Half::primary(&config)), host(Half::secondary(&config))];
-        let client = Client::new(rng.u64(..), scenario.plans.clone(), scenario.datagrams.clone());
+        let client = Client::new(stack_seed(&mut rng), scenario.plans.clone(), scenario.datagrams.clone());
         let mut world = Self {
             rng,
             now_us: 0,
@@ -228,8 +228,10 @@ impl World {
             self.now_us = at_us;
             assert!(
                 self.now_us < self.scenario.ends_us,
-                "the client waits for ever:{}",
-                self.client.unfinished()
+                "the client waits for ever:{}\n of the PVM:{}\n of the SVM:{}",
+                self.client.unfinished(),
+                self.hosts[Primary as usize].guest.describe(),
+                self.hosts[Secondary as usize].guest.describe()
             );
             self.figures.events += 1;
             self.happens(event);
@@ -628,6 +630,9 @@ impl World {
 
     /// The SVM becomes what the PVM was.
     fn secondary_commits(&mut self) {
+        if self.host(Secondary).phase == Phase::Out {
+            return;
+        }
         let Some(copy) = self.checkpoint.as_mut().and_then(|checkpoint| checkpoint.committed.take()) else {
             return;
         };
