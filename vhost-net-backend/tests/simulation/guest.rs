@@ -204,7 +204,7 @@ impl Guest {
             unused.connect(self.stack.interface.context(), (CLIENT[0], 1), 1).unwrap();
         }
         self.chance = fastrand::Rng::with_seed(personality.chance);
-        self.clock_ms += personality.clock_ms;
+        self.clock_ms = self.clock_ms.wrapping_add(personality.clock_ms);
         self.stack.card.mss = personality.mss;
         self.personality = personality;
         let handles =
@@ -215,7 +215,7 @@ impl Guest {
     }
 
     fn run(&mut self, now_us: u64) {
-        let clock_ms = (now_us / 1000) as u32 + self.clock_ms;
+        let clock_ms = self.clock_ms.wrapping_add((now_us / 1000) as u32);
         let sent_before = self.stack.card.tx.len();
         self.listen();
         for frame in std::mem::take(&mut self.stack.card.rx) {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::segment::{Flow, Segment, syn_answer};
+use crate::segment::{Flow, Segment, is_whole, syn_answer};
 use crate::trace;
 
 /// `a >= b` for sequence numbers.
@@ -107,6 +107,8 @@ struct Connection {
     pvm: Said,
     /// In its present epoch.
     svm: Said,
+    /// The client may know where the PVM's numbers begin.
+    syn_released: bool,
     /// Covered by the last committed checkpoint.
     committed: Mark,
     snapshot: Mark,
@@ -188,7 +190,7 @@ impl Oracle {
         }
     }
 
-    /// The secondary takes this frame from the SVM, which runs in the epoch that follows the last committed one.
+    /// The secondary takes this frame from the SVM.
     pub(crate) fn svm_says(&mut self, frame: &[u8]) {
         match Segment::of_guest(frame) {
             Some(segment) => {
@@ -287,7 +289,10 @@ impl Oracle {
             let end = position + segment.payload.len() as u32;
             assert!(svm.fin == Some(end) || committed.fin, "{}", what("the SVM has not ended the stream"));
         }
-        let Some(ack) = segment.ack else { return };
+        let Some(ack) = segment.ack else {
+            self.syn_is_released(&segment);
+            return;
+        };
         let within = |value: u32, limit: Option<u32>| limit.is_some_and(|limit| reaches(limit, value));
         let acked = within(ack, svm.ack) || within(ack, committed.ack);
         assert!(acked, "{}", what("the SVM has not acknowledged as much"));
@@ -296,6 +301,37 @@ impl Oracle {
             let offered = within(edge, svm.edge) || within(edge, committed.edge);
             assert!(offered, "{}", what("the SVM has not offered such a window"));
         }
+        self.syn_is_released(&segment);
+    }
+
+    fn syn_is_released(&mut self, segment: &Segment) {
+        let last = self.pvm_last.get(&segment.flow).copied().unwrap_or(0);
+        if let (true, Some(connection)) = (segment.syn, self.connections.get_mut(&(segment.flow, last))) {
+            connection.syn_released = true;
+        }
+    }
+
+    /// The SVM gets `frame` in place of `sent`, which the client sent: numbers of the guest's stream are the SVM's own.
+    pub(crate) fn svm_hears(&self, sent: &[u8], frame: &[u8]) {
+        assert_eq!(is_whole(sent), is_whole(frame), "the rewriter mends or breaks {}", trace::frame(sent));
+        let (Some(sent), Some(heard)) = (Segment::of_guest_if_whole(sent), Segment::of_guest_if_whole(frame))
+        else {
+            return;
+        };
+        let flow = Flow { guest: sent.flow.remote, remote: sent.flow.guest };
+        let (pvm_last, svm_last) = (self.pvm_last.get(&flow), self.svm_last.get(&flow));
+        let connection = self.connections.get(&(flow, svm_last.copied().unwrap_or(0)));
+        let Some(Connection { pvm, svm, syn_released, .. }) = connection else { return };
+        let delta = match (pvm.isn, svm.isn) {
+            (Some(pvm), Some(svm)) if *syn_released && pvm_last == svm_last => svm.wrapping_sub(pvm),
+            (None, Some(_)) => 0,
+            _ => return,
+        };
+        let shifted = |number: u32| number.wrapping_add(delta);
+        let acks: Vec<_> = sent.sacks.iter().map(|(start, end)| (shifted(*start), shifted(*end))).collect();
+        let same =
+            (heard.ack, &heard.sacks) == (sent.ack.map(shifted), &acks) && heard.payload == sent.payload;
+        assert!(same, "the SVM hears {} in place of {sent:?}, it is {delta} ahead", trace::frame(frame));
     }
 
     /// What leaves is what the PVM gave, once; or it opens a window that had been narrowed.

@@ -88,7 +88,7 @@ pub(crate) fn personality(rng: &mut fastrand::Rng) -> Personality {
         write_bytes_max: 1 + magnitude(rng, 100, 1_500, 20_000) as usize,
         keep_alive_us: 100_000 + magnitude(rng, 100_000, 1_000_000, 5_000_000),
         close_us: magnitude(rng, 0, 2_000, 50_000),
-        clock_ms: rng.u32(..1_000_000),
+        clock_ms: rng.u32(..),
         mss: if rng.bool() { MSS_MAX } else { rng.u16(100..=MSS_MAX) },
     }
 }

@@ -24,6 +24,7 @@ pub(crate) struct Segment {
     pub(crate) rst: bool,
     /// TSval.
     pub(crate) timestamp: Option<u32>,
+    pub(crate) sacks: Vec<(u32, u32)>,
     /// Where the TCP header begins.
     pub(crate) at: usize,
     pub(crate) payload: Vec<u8>,
@@ -35,7 +36,7 @@ fn tcp_at(frame: &[u8]) -> Option<(usize, IpAddress, IpAddress, usize)> {
     match ethernet.ethertype() {
         EthernetProtocol::Ipv4 => {
             let ip = Ipv4Packet::new_checked(ethernet.payload()).ok()?;
-            (ip.next_header() == IpProtocol::Tcp).then(|| {
+            (ip.next_header() == IpProtocol::Tcp && ip.verify_checksum()).then(|| {
                 let end = 14 + usize::from(ip.total_len());
                 (14 + usize::from(ip.header_len()), ip.src_addr().into(), ip.dst_addr().into(), end)
             })
@@ -63,12 +64,14 @@ impl Segment {
         let tcp = TcpPacket::new_checked(frame.get(at..end)?).ok()?;
         let mut timestamp = None;
         let mut window_scale = None;
+        let mut sacks = Vec::new();
         let mut options = tcp.options();
         while !options.is_empty() {
             let (rest, option) = TcpOption::parse(options).ok()?;
             match option {
                 TcpOption::TimeStamp { tsval, .. } => timestamp = Some(tsval),
                 TcpOption::WindowScale(scale) => window_scale = Some(scale),
+                TcpOption::SackRange(ranges) => sacks.extend(ranges.into_iter().flatten()),
                 TcpOption::EndOfList => break,
                 _ => {}
             }
@@ -84,10 +87,16 @@ impl Segment {
             fin: tcp.fin(),
             rst: tcp.rst(),
             timestamp,
+            sacks,
             at,
             payload: tcp.payload().to_vec(),
         })
     }
+}
+
+/// Whether a frame has TCP in it whose checksum is right.
+pub(crate) fn is_whole(frame: &[u8]) -> bool {
+    Segment::of_guest_if_whole(frame).is_some()
 }
 
 /// Who opens a connection with this frame from the LAN, if it is whole, and with which sequence number.

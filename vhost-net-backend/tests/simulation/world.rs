@@ -379,12 +379,10 @@ impl World {
                 return;
             }
             let Some(frame) = host.guest.next_output() else { return };
-            let paired = host.phase == Phase::Paired;
             trace::add(|| format!("{now_us} {side:?} VM sends {}", trace::frame(&frame)));
             match side {
                 Primary => self.oracle.pvm_says(&frame),
-                Secondary if paired => self.oracle.svm_says(&frame),
-                Secondary => {}
+                Secondary => self.oracle.svm_says(&frame),
             }
             let wishes = self.host(side).half.guest_output(&frame, now_us);
             self.carry_out(side, wishes);
@@ -529,7 +527,16 @@ impl World {
                 self.oracle.pvm_hears(&frame);
             }
             let wishes = self.host(side).half.lan_input(&frame, now_us);
+            self.look_at_what_the_svm_hears(side, &frame, &wishes);
             self.carry_out(side, wishes);
+        }
+    }
+
+    fn look_at_what_the_svm_hears(&self, side: Side, sent: &[u8], wishes: &[Wish]) {
+        for wish in wishes {
+            if let (Secondary, Wish::ToGuest(frame)) = (side, wish) {
+                self.oracle.svm_hears(sent, frame);
+            }
         }
     }
 }
@@ -568,6 +575,7 @@ impl World {
             }
             let Some(message) = host.inbox.pop_front() else { return };
             let wishes = host.half.peer_message(&message, now_us);
+            self.look_at_what_the_svm_hears(side, &message.payload, &wishes);
             self.carry_out(side, wishes);
         }
     }
