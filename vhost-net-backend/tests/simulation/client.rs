@@ -37,6 +37,8 @@ pub(crate) struct Plan {
     pub(crate) script: VecDeque<Command>,
     /// If not empty, and if the client is the one that ended the connection, another one follows on the same ports.
     pub(crate) again: VecDeque<Command>,
+    /// The client breaks the connection off when it has got so many bytes.
+    pub(crate) abandons_at: Option<u64>,
     /// Commands that may be unanswered at once.
     pub(crate) pipeline: usize,
     /// The client ends first, as soon as it has sent all, and not as soon as it got all.
@@ -232,6 +234,10 @@ impl Connection {
             socket.close();
         }
         self.done = socket.state() == State::TimeWait && !socket.can_recv();
+        if self.plan.abandons_at.is_some_and(|bytes| self.received_bytes >= bytes) {
+            socket.abort();
+            self.done = true;
+        }
         if self.done {
             trace::add(|| format!("connection {} is done", self.name));
         }

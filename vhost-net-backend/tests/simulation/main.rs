@@ -81,3 +81,10 @@ fn a_client_gets_what_the_application_says_whatever_befalls_the_pair() {
     println!("{seeds} seeds: {total:#?}");
     assert!(failed.is_empty(), "{} of {seeds} seeds fail: {failed:?}", failed.len());
 }
+
+#[test]
+fn a_seed_decides_everything() {
+    for seed in 0..20 {
+        assert_eq!(run(seed), run(seed), "seed {seed}");
+    }
+}

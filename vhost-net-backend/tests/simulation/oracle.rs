@@ -361,6 +361,11 @@ impl Oracle {
         self.account(frame, Segment::of_guest(frame).as_ref());
     }
 
+    /// Whether all that the PVM gave has left.
+    pub(crate) fn nothing_is_held(&self) -> bool {
+        self.outstanding_frames == 0
+    }
+
     /// All that the PVM gave has left: the proxy holds nothing and has lost nothing.
     pub(crate) fn expect_nothing_held(&self, when: &str) {
         assert_eq!(self.outstanding_frames, 0, "packets of the PVM are lost or held for ever {when}");

@@ -149,6 +149,7 @@ impl Scenario {
                 let port = 7_000 + index;
                 let before: &mut Plan = plans.last_mut().unwrap();
                 before.script.push_front(Command::Open { port, v6 });
+                before.abandons_at = None;
                 Begin::Accepts { port }
             } else {
                 Begin::Opens { at_us: magnitude(rng, 1_000, 50_000, 500_000) }
@@ -159,6 +160,7 @@ impl Scenario {
                 // what the client ends is over when it says so
                 again: if rng.u32(..6) == 0 { script(rng, chance).into() } else { VecDeque::new() },
                 script: script(rng, chance).into(),
+                abandons_at: (rng.u32(..12) == 0).then(|| magnitude(rng, 100, 1_000, 20_000)),
                 pipeline: rng.usize(1..4),
                 half_close: rng.bool(),
                 read_bytes_max: [200, 4_000, 100_000][rng.usize(..3)],

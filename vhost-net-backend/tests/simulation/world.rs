@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use vhost_net_backend::proxy::Config;
 
+use crate::app::Hash;
 use crate::client::Client;
 use crate::guest::{Guest, Personality, Snapshot};
 use crate::oracle::Oracle;
@@ -107,7 +108,7 @@ struct Checkpoint {
 }
 
 /// What happened in a run.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Figures {
     pub(crate) events: u64,
     pub(crate) checkpoints: u64,
@@ -115,6 +116,8 @@ pub(crate) struct Figures {
     pub(crate) released: u64,
     pub(crate) reopened: u64,
     pub(crate) rewritten: u64,
+    /// Of all that came to the LAN, and when.
+    pub(crate) lan: Hash,
 }
 
 impl Figures {
@@ -125,6 +128,7 @@ impl Figures {
         self.released += other.released;
         self.reopened += other.reopened;
         self.rewritten += other.rewritten;
+        self.lan.0 ^= other.lan.0;
     }
 }
 
@@ -246,7 +250,8 @@ impl World {
     fn is_at_rest(&self) -> bool {
         self.checkpoint.is_none()
             && match self.hosts.each_ref().map(|host| host.phase) {
-                [Phase::Paired, Phase::Paired] => true,
+                // what is held leaves in the end, with a checkpoint if not otherwise
+                [Phase::Paired, Phase::Paired] => self.oracle.nothing_is_held(),
                 phases => phases.contains(&Phase::Alone),
             }
     }
@@ -485,6 +490,8 @@ impl World {
 
     fn lan_output(&mut self, side: Side, frame: &Frame) {
         trace::add(|| format!("{} {side:?} to LAN: {}", self.now_us, trace::frame(frame)));
+        let at_us = self.now_us.to_be_bytes();
+        at_us.iter().chain(frame.iter()).for_each(|byte| self.figures.lan.add(*byte));
         let phase = self.host(side).phase;
         match (side, phase) {
             (Primary, Phase::Paired) => self.oracle.primary_sends(frame),
