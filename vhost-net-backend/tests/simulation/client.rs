@@ -14,8 +14,11 @@ use crate::stack::{CLIENT, Frame, GUEST, Stack, socket};
 use crate::trace;
 
 /// How often a connection that is idle is probed: smoltcp does not probe a window that closed while it retransmitted.
-const KEEP_ALIVE: Duration = Duration::from_secs(1);
+const KEEP_ALIVE: Duration = Duration::from_secs(3);
 
+/// The maximum segment lifetime here: longer than the LAN keeps a frame. Ports are not used again before, even if a reset
+/// has cut TIME-WAIT short.
+const QUIET_US: u64 = 6_000_000;
 const TX_BYTES: usize = 8192;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -111,7 +114,7 @@ impl Connection {
         if self.done && !self.is_over(last) && socket.state() == State::Closed {
             *self = Self {
                 plan: Plan {
-                    begin: Begin::Opens { at_us: now_us },
+                    begin: Begin::Opens { at_us: now_us + QUIET_US },
                     script: std::mem::take(&mut self.plan.again),
                     ..self.plan.clone()
                 },

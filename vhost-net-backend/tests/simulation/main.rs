@@ -1,6 +1,9 @@
 //! A client of a protected VM, in a simulation: two smoltcp stacks as PVM and SVM, the proxy between them, a bad network,
-//! checkpoints and failovers at any event. `COLO_SIM_SEED=n` runs one seed and tells what happened,
-//! `COLO_SIM_EVENTS=n` runs as many seeds as it takes for so many events.
+//! checkpoints and failovers at any event.
+//!
+//! `COLO_SIM_EVENTS=n` runs as many seeds as it takes for so many events, from `COLO_SIM_FIRST` on; with `COLO_SIM_ALL` not
+//! only up to the first that fails. `COLO_SIM_SEED=n` runs one seed, and tells the last events if it fails, or as many as
+//! `COLO_SIM_LINES` says.
 
 mod app;
 mod client;
@@ -21,7 +24,7 @@ use world::{Figures, World};
 
 const EVENTS: u64 = 1_000_000;
 
-fn variable(name: &str) -> Option<u64> {
+pub(crate) fn variable(name: &str) -> Option<u64> {
     let value = std::env::var(name).ok()?;
     Some(value.parse().unwrap_or_else(|_| panic!("{name}={value} is no number")))
 }

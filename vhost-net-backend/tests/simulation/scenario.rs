@@ -65,7 +65,9 @@ pub(crate) struct Scenario {
     pub(crate) detection_us_max: u64,
     /// A checkpoint follows on one event of so many; 0 is never.
     pub(crate) checkpoint_every_events: u32,
+    /// The failure, if any, comes at this event; or, if in a checkpoint, at some event of one that goes on then or later.
     pub(crate) fails_at_event: Option<u64>,
+    pub(crate) fails_in_checkpoint: bool,
     pub(crate) failure: Failure,
 }
 
@@ -86,7 +88,7 @@ pub(crate) fn personality(rng: &mut fastrand::Rng) -> Personality {
         ack_delay_us: rng.bool().then(|| magnitude(rng, 1_000, 10_000, 200_000)),
         nagle: rng.bool(),
         write_bytes_max: 1 + magnitude(rng, 100, 1_500, 20_000) as usize,
-        keep_alive_us: 100_000 + magnitude(rng, 100_000, 1_000_000, 5_000_000),
+        keep_alive_us: 1_000_000 + magnitude(rng, 1_000_000, 5_000_000, 30_000_000),
         close_us: magnitude(rng, 0, 2_000, 50_000),
         clock_ms: rng.u32(..),
         mss: if rng.bool() { MSS_MAX } else { rng.u16(100..=MSS_MAX) },
@@ -215,6 +217,7 @@ impl Scenario {
             control_us_max: magnitude(rng, 500, 5_000, 50_000),
             detection_us_max: magnitude(rng, 500, 50_000, 300_000),
             checkpoint_every_events: [0, 0, 1000, 300][rng.usize(..4)],
+            fails_in_checkpoint: rng.u32(..3) == 0,
             fails_at_event: (rng.u32(..8) > 0).then(|| magnitude(rng, 300, 1_500, 6_000)),
             failure: if rng.u32(..3) == 0 {
                 Failure::LinkBreaks { winner: side }

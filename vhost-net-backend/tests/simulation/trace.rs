@@ -3,7 +3,10 @@
 use std::cell::RefCell;
 use std::collections::VecDeque;
 
-const LINES_MAX: usize = 60;
+use crate::segment::Segment;
+
+/// Events that are kept, unless `COLO_SIM_LINES` says otherwise.
+const LINES_MAX: u64 = 60;
 
 thread_local! {
     static LINES: RefCell<Option<VecDeque<String>>> = const { RefCell::new(None) };
@@ -30,7 +33,7 @@ pub(crate) fn lines() -> Vec<String> {
 pub(crate) fn add(line: impl FnOnce() -> String) {
     LINES.with_borrow_mut(|lines| {
         if let Some(lines) = lines {
-            if lines.len() == LINES_MAX {
+            if lines.len() as u64 >= crate::variable("COLO_SIM_LINES").unwrap_or(LINES_MAX) {
                 lines.pop_front();
             }
             lines.push_back(line());
@@ -44,5 +47,7 @@ pub(crate) fn frame(frame: &[u8]) -> String {
         smoltcp::wire::PrettyPrinter::<smoltcp::wire::EthernetFrame<&[u8]>>::new("", &frame).to_string();
     let lines: Vec<_> =
         printed.lines().skip(1).map(|line| line.trim_matches([' ', '\\', '└', '─'])).collect();
-    if lines.is_empty() { printed } else { lines.join(" ") }
+    let clock = Segment::of_guest(frame).and_then(|segment| segment.timestamp);
+    let clock = clock.map_or_else(String::new, |value| format!(" ts={value}"));
+    if lines.is_empty() { printed } else { lines.join(" ") + &clock }
 }
