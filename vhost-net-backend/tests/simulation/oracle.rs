@@ -32,6 +32,8 @@ type Key = (Flow, u32);
 #[derive(Clone, Debug, Default)]
 struct Said {
     isn: Option<u32>,
+    /// TSval of the SYN.
+    clock: Option<u32>,
     /// Byte by position behind the SYN.
     bytes: BTreeMap<u32, u8>,
     syn: bool,
@@ -63,6 +65,9 @@ impl Said {
                 self.isn.is_none_or(|isn| isn == segment.seq),
                 "a port is used twice: the simulation is at fault"
             );
+            if self.isn.is_none() {
+                self.clock = segment.timestamps.map(|(value, _)| value);
+            }
             self.isn = Some(segment.seq);
             self.syn = true;
         }
@@ -109,6 +114,10 @@ struct Connection {
     svm: Said,
     /// The client may know where the PVM's numbers begin.
     syn_released: bool,
+    /// The SVM has this connection from a checkpoint: its numbers are the PVM's.
+    is_copy: bool,
+    /// The last clock of the guest that the client has echoed to the SVM.
+    echoed: Option<u32>,
     /// Covered by the last committed checkpoint.
     committed: Mark,
     snapshot: Mark,
@@ -240,6 +249,8 @@ impl Oracle {
     /// The SVM is what the PVM was at the snapshot.
     pub(crate) fn svm_replaced(&mut self) {
         for connection in self.connections.values_mut() {
+            connection.is_copy = connection.committed.isn.is_some();
+            connection.echoed = None;
             connection.svm = Said { isn: connection.committed.isn, ..Said::default() };
         }
         self.svm_last = self.snapshot_last.clone();
@@ -311,22 +322,68 @@ impl Oracle {
         }
     }
 
+    /// The SVM's connection, and how far its numbers are ahead of those that the client knows, if that is certain.
+    fn shifted(&mut self, flow: Flow) -> Option<(&mut Connection, u32)> {
+        let (pvm_last, svm_last) = (self.pvm_last.get(&flow), self.svm_last.get(&flow));
+        let connection = self.connections.get_mut(&(flow, svm_last.copied().unwrap_or(0)))?;
+        let delta = match (connection.pvm.isn, connection.svm.isn) {
+            (Some(pvm), Some(svm)) if connection.syn_released && pvm_last == svm_last => {
+                svm.wrapping_sub(pvm)
+            }
+            (None, Some(_)) => 0,
+            _ => return None,
+        };
+        Some((connection, delta))
+    }
+
+    /// The secondary sends `frame`, to the primary or to the LAN, in place of `said`, which the SVM sent: numbers and times
+    /// are those that the client knows.
+    pub(crate) fn secondary_sends(&mut self, said: &[u8], frame: &[u8]) {
+        assert!(
+            Segment::of_guest(said).is_none() || is_whole(frame),
+            "a wrong checksum: {}",
+            trace::frame(frame)
+        );
+        let (Some(said), Some(sent)) = (Segment::of_guest(said), Segment::of_guest(frame)) else { return };
+        // what waited for the PVM's SYN may come with it
+        if said.syn || said.rst || said.payload != sent.payload || said.flow != sent.flow {
+            return;
+        }
+        let Some((connection, delta)) = self.shifted(said.flow) else { return };
+        let Connection { pvm, svm, is_copy, echoed, .. } = connection;
+        assert_eq!(sent.seq, said.seq.wrapping_sub(delta), "it is {delta} ahead: {}", trace::frame(frame));
+        let (Some((said, _)), Some((value, _))) = (said.timestamps, sent.timestamps) else { return };
+        let shift = match (pvm.clock, svm.clock) {
+            _ if *is_copy => 0,
+            (Some(pvm), Some(svm)) => svm.wrapping_sub(pvm),
+            (Some(_), None) => return,
+            _ => 0,
+        };
+        let exact = said.wrapping_sub(shift);
+        let mut wanted = Some(exact);
+        if let (false, Some(echoed), Some(_)) = (*is_copy, *echoed, pvm.clock) {
+            raise(&mut wanted, echoed);
+        }
+        assert_eq!(
+            Some(value),
+            wanted,
+            "a clock that is {shift} ahead, echoed {echoed:?}: {}",
+            trace::frame(frame)
+        );
+    }
+
     /// The SVM gets `frame` in place of `sent`, which the client sent: numbers of the guest's stream are the SVM's own.
-    pub(crate) fn svm_hears(&self, sent: &[u8], frame: &[u8]) {
+    pub(crate) fn svm_hears(&mut self, sent: &[u8], frame: &[u8]) {
         assert_eq!(is_whole(sent), is_whole(frame), "the rewriter mends or breaks {}", trace::frame(sent));
         let (Some(sent), Some(heard)) = (Segment::of_guest_if_whole(sent), Segment::of_guest_if_whole(frame))
         else {
             return;
         };
         let flow = Flow { guest: sent.flow.remote, remote: sent.flow.guest };
-        let (pvm_last, svm_last) = (self.pvm_last.get(&flow), self.svm_last.get(&flow));
-        let connection = self.connections.get(&(flow, svm_last.copied().unwrap_or(0)));
-        let Some(Connection { pvm, svm, syn_released, .. }) = connection else { return };
-        let delta = match (pvm.isn, svm.isn) {
-            (Some(pvm), Some(svm)) if *syn_released && pvm_last == svm_last => svm.wrapping_sub(pvm),
-            (None, Some(_)) => 0,
-            _ => return,
-        };
+        let Some((connection, delta)) = self.shifted(flow) else { return };
+        if let (Some((_, echo)), Some(_)) = (sent.timestamps, sent.ack) {
+            raise(&mut connection.echoed, echo);
+        }
         let shifted = |number: u32| number.wrapping_add(delta);
         let acks: Vec<_> = sent.sacks.iter().map(|(start, end)| (shifted(*start), shifted(*end))).collect();
         let same =

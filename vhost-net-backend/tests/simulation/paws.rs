@@ -27,7 +27,7 @@ impl Paws {
     pub(crate) fn takes(&mut self, frame: &[u8]) -> bool {
         let Some(segment) = Segment::of_guest_if_whole(frame) else { return true };
         let connection = self.connections.entry(segment.flow).or_default();
-        let Some(value) = segment.timestamp else { return true };
+        let Some((value, _)) = segment.timestamps else { return true };
         if connection.recent.is_some_and(|recent| is_before(value, recent)) {
             return segment.rst;
         }

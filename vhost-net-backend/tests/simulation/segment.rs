@@ -22,8 +22,8 @@ pub(crate) struct Segment {
     pub(crate) syn: bool,
     pub(crate) fin: bool,
     pub(crate) rst: bool,
-    /// TSval.
-    pub(crate) timestamp: Option<u32>,
+    /// TSval and TSecr.
+    pub(crate) timestamps: Option<(u32, u32)>,
     pub(crate) sacks: Vec<(u32, u32)>,
     /// Where the TCP header begins.
     pub(crate) at: usize,
@@ -62,14 +62,14 @@ impl Segment {
     pub(crate) fn of_guest(frame: &[u8]) -> Option<Self> {
         let (at, source, destination, end) = tcp_at(frame)?;
         let tcp = TcpPacket::new_checked(frame.get(at..end)?).ok()?;
-        let mut timestamp = None;
+        let mut timestamps = None;
         let mut window_scale = None;
         let mut sacks = Vec::new();
         let mut options = tcp.options();
         while !options.is_empty() {
             let (rest, option) = TcpOption::parse(options).ok()?;
             match option {
-                TcpOption::TimeStamp { tsval, .. } => timestamp = Some(tsval),
+                TcpOption::TimeStamp { tsval, tsecr } => timestamps = Some((tsval, tsecr)),
                 TcpOption::WindowScale(scale) => window_scale = Some(scale),
                 TcpOption::SackRange(ranges) => sacks.extend(ranges.into_iter().flatten()),
                 TcpOption::EndOfList => break,
@@ -86,7 +86,7 @@ impl Segment {
             syn: tcp.syn(),
             fin: tcp.fin(),
             rst: tcp.rst(),
-            timestamp,
+            timestamps,
             sacks,
             at,
             payload: tcp.payload().to_vec(),

@@ -47,7 +47,7 @@ pub(crate) fn frame(frame: &[u8]) -> String {
         smoltcp::wire::PrettyPrinter::<smoltcp::wire::EthernetFrame<&[u8]>>::new("", &frame).to_string();
     let lines: Vec<_> =
         printed.lines().skip(1).map(|line| line.trim_matches([' ', '\\', '└', '─'])).collect();
-    let clock = Segment::of_guest(frame).and_then(|segment| segment.timestamp);
-    let clock = clock.map_or_else(String::new, |value| format!(" ts={value}"));
+    let clock = Segment::of_guest(frame).and_then(|segment| segment.timestamps);
+    let clock = clock.map_or_else(String::new, |(value, echo)| format!(" ts={value} echo={echo}"));
     if lines.is_empty() { printed } else { lines.join(" ") + &clock }
 }

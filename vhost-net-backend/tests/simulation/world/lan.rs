@@ -96,7 +96,7 @@ impl World {
         }
     }
 
-    pub(super) fn look_at_what_the_svm_hears(&self, side: Side, sent: &[u8], wishes: &[Wish]) {
+    pub(super) fn look_at_what_the_svm_hears(&mut self, side: Side, sent: &[u8], wishes: &[Wish]) {
         for wish in wishes {
             if let (Secondary, Wish::ToGuest(frame)) = (side, wish) {
                 self.oracle.svm_hears(sent, frame);

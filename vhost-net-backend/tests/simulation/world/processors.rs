@@ -83,6 +83,13 @@ impl World {
                 Secondary => self.oracle.svm_says(&frame),
             }
             let wishes = self.host(side).half.guest_output(&frame, now_us);
+            for wish in &wishes {
+                match (side, wish) {
+                    (Secondary, Wish::ToLan(sent)) => self.oracle.secondary_sends(&frame, sent),
+                    (Secondary, Wish::ToPeer(sent)) => self.oracle.secondary_sends(&frame, &sent.payload),
+                    _ => {}
+                }
+            }
             self.carry_out(side, wishes);
         }
     }
