@@ -2,7 +2,7 @@
 
 use super::closing::Closing;
 use crate::compare::is_refusal;
-use crate::packet::{Flags, Segment, be32, checksum, edge_positions};
+use crate::packet::{Flags, PROTOCOL_TCP, Segment, be32, checksum, edge_positions};
 
 /// Where in a TCP header the numbers and the checksum stand.
 const SEQ_AT: usize = 4;
@@ -120,6 +120,12 @@ fn set(frame: &mut [u8], segment: &Segment, at: usize, number: u32) {
     checksum::replace(frame, segment.at + CHECKSUM_AT, segment.at, at, &number.to_be_bytes());
 }
 
+/// Whether the segment's checksum is right.
+fn is_whole(segment: &Segment, network_at: usize, frame: &[u8]) -> bool {
+    let bytes = &frame[segment.at..segment.payload.end];
+    checksum::of_transport(&frame[network_at..], PROTOCOL_TCP, &[bytes]) == 0
+}
+
 impl Connection {
     /// Puts a packet of the SVM into the PVM's space.
     pub(super) fn outbound(&mut self, shift: Shift, segment: &Segment, frame: &mut [u8]) {
@@ -140,13 +146,20 @@ impl Connection {
     }
 
     /// Puts a packet for the guest into the SVM's space. Without ACK it has nothing to do with what the guest sent.
-    pub(super) fn inbound(&mut self, shift: Shift, segment: &Segment, frame: &mut [u8]) {
+    /// `network_at` is where its IP header begins.
+    pub(super) fn inbound(&mut self, shift: Shift, segment: &Segment, network_at: usize, frame: &mut [u8]) {
         self.closing.inbound(segment, shift.seq);
         if !segment.flags.has(Flags::ACK) {
             return;
         }
         if let Some(timestamps) = segment.timestamps(frame) {
-            raise(&mut self.clocks.echoed, timestamps.echo);
+            // What the SVM's clock has not reached the PVM's may have, or a bit is wrong: that would move the clock for days.
+            let reached = self.clocks.svm.map(|svm| svm.wrapping_sub(shift.timestamp));
+            let is_reached =
+                reached.is_some_and(|reached| raise(&mut Some(reached), timestamps.echo) == reached);
+            if is_reached || is_whole(segment, network_at, frame) {
+                raise(&mut self.clocks.echoed, timestamps.echo);
+            }
             let mut echo = timestamps.echo.wrapping_add(shift.timestamp);
             if let Some(last) = self.clocks.svm
                 && raise(&mut Some(last), echo) == echo

@@ -115,7 +115,7 @@ impl Rewriter {
         {
             connection.last_us = now_us;
             if let Some(shift) = connection.shift_in_use() {
-                connection.inbound(shift, segment, frame);
+                connection.inbound(shift, segment, packet.network_at, frame);
                 self.stats.rewritten_in += 1;
             }
         }
