@@ -178,6 +178,11 @@ impl Guest {
         self.stack.card.tx.pop_front()
     }
 
+    /// The same, which stays.
+    pub(crate) fn peek_output(&self) -> Option<Frame> {
+        self.stack.card.tx.front().cloned()
+    }
+
     /// Its connections, for whoever has to find out why.
     pub(crate) fn describe(&self) -> String {
         let describe = |session: &Session| {

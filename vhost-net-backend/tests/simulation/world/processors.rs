@@ -73,6 +73,15 @@ impl World {
         loop {
             let now_us = self.now_us;
             let host = self.host(side);
+            if (side, host.phase) == (Secondary, Phase::Undecided)
+                && let Some(frame) = host.guest.peek_output()
+            {
+                let wishes = host.half.guest_output(&frame, now_us);
+                assert!(
+                    wishes.is_empty(),
+                    "fail closed: the secondary does {wishes:?} while nothing is decided"
+                );
+            }
             if !matches!(host.phase, Phase::Paired | Phase::Alone) || !host.half.accepts_output() {
                 return;
             }
