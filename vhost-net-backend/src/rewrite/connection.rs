@@ -4,7 +4,7 @@ use super::closing::Closing;
 use crate::compare::is_refusal;
 use crate::offload::FrameHeader;
 use crate::packet::checksum::{self, Checksum};
-use crate::packet::{Flags, Quoted, Segment, be32, edge_positions};
+use crate::packet::{Addresses, Flags, Quoted, Segment, be32, edge_positions};
 
 /// Where in a TCP header the numbers and the checksum stand.
 const SEQ_AT: usize = 4;
@@ -131,6 +131,12 @@ impl Change<'_> {
     fn set(&mut self, at: usize, number: u32) {
         self.segment.change(self.frame, self.checksum, at, &number.to_be_bytes());
     }
+
+    /// Whether the segment has come undamaged. One whose checksum is left to this host has crossed no wire.
+    fn is_whole(&self, addresses: &Addresses) -> bool {
+        let bytes = self.segment.at..self.segment.payload.end;
+        self.checksum == Checksum::Partial || checksum::of_tcp(addresses, &self.frame[bytes]) == 0
+    }
 }
 
 impl Connection {
@@ -154,14 +160,20 @@ impl Connection {
     }
 
     /// Puts a packet for the guest into the SVM's space. Without ACK it has nothing to do with what the guest sent.
-    pub(super) fn inbound(&mut self, shift: Shift, mut change: Change<'_>) {
+    pub(super) fn inbound(&mut self, shift: Shift, mut change: Change<'_>, addresses: &Addresses) {
         let segment = change.segment;
         self.closing.inbound(segment, shift.seq);
         if !segment.flags.has(Flags::ACK) {
             return;
         }
         if let Some(timestamps) = segment.timestamps(change.frame) {
-            raise(&mut self.clocks.echoed, timestamps.echo);
+            // What the SVM's clock has not reached the PVM's may have, or a bit is wrong: that would move the clock for days.
+            let reached = self.clocks.svm.map(|svm| svm.wrapping_sub(shift.timestamp));
+            let is_reached =
+                reached.is_some_and(|reached| raise(&mut Some(reached), timestamps.echo) == reached);
+            if is_reached || change.is_whole(addresses) {
+                raise(&mut self.clocks.echoed, timestamps.echo);
+            }
             let mut echo = timestamps.echo.wrapping_add(shift.timestamp);
             if let Some(last) = self.clocks.svm
                 && raise(&mut Some(last), echo) == echo

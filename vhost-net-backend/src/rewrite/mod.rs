@@ -115,11 +115,11 @@ impl Rewriter {
         let checksum = header.checksum();
         let packet = Packet::parse_first_fragment(frame);
         let frame = actions.push_to_guest(header, frame);
-        if let (Kind::Tcp { segment, .. }, Some(key)) = (&packet.kind, packet.tcp_flow_to_guest()) {
+        if let (Kind::Tcp { segment, addresses }, Some(key)) = (&packet.kind, packet.tcp_flow_to_guest()) {
             if let Some(connection) = self.connections.get_mut(&key) {
                 connection.last_us = now_us;
                 if let Some(shift) = connection.shift_in_use() {
-                    connection.inbound(shift, Change { segment, checksum, frame });
+                    connection.inbound(shift, Change { segment, checksum, frame }, addresses);
                     self.stats.rewritten_in += 1;
                 }
             }

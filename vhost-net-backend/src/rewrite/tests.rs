@@ -651,6 +651,21 @@ fn while_the_svm_is_behind_its_old_connection_keeps_its_numbers() {
 }
 
 #[test]
+fn a_damaged_echo_does_not_move_the_clock() {
+    let mut bench = opened();
+    let from_client = Piece { from_client: true, offset: 1, acked: 1, ..Piece::default() };
+    let mut damaged = NUMBERS.frame(&from_client, false);
+    let Kind::Tcp { segment, .. } = Packet::parse(&damaged).kind else { panic!("it is TCP") };
+    let at = segment.timestamps(&damaged).unwrap().at;
+    damaged[at + 4] ^= 0x20;
+    bench.inbound(&damaged);
+    bench.passes(&NUMBERS, &Piece { offset: 1, acked: 1, clock: 2, ..Piece::default() });
+    // the PVM's clock is ahead of the SVM's
+    bench.passes(&NUMBERS, &Piece { clock: 9, ..from_client });
+    bench.passes(&NUMBERS, &Piece { offset: 1, acked: 1, clock: 3, ..Piece::default() });
+}
+
+#[test]
 fn a_refused_syn_keeps_its_zero() {
     let mut bench = opened();
     let refusal = Tcp { seq: 0, ack: Some(3), rst: true, ..Tcp::default() }.frame();
