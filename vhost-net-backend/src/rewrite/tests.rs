@@ -358,6 +358,8 @@ proptest! {
         bench.passes(&numbers, &syn());
         for piece in &mut pieces {
             piece.data = vec![piece.acked as u8; 200];
+            // the checksum of a part cannot be verified, and then no echo is believed that is ahead of the SVM's clock
+            piece.clock = 0;
             if numbers.refuses(piece) {
                 continue;
             }
