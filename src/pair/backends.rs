@@ -318,11 +318,11 @@ mod tests {
         };
         let mut config: Config = toml::from_str(example).unwrap();
         let plain = "--tap web0 --poll-us 20 --held-ms-max 100 --held-bytes-max 16777216";
-        assert_eq!(line(&config), plain);
+        assert_eq!(line(&config), format!("{plain} --digest auto"));
         let rule = "protocol = \"udp\"\nguest_port = 123\naction = \"bypass\"";
         config.net.policy = vec![toml::from_str(rule).unwrap()];
         let policy = r#"[{"protocol":"udp","guest_port":123,"action":"bypass"}]"#;
-        assert_eq!(line(&config), format!("{plain} --policy {policy}"));
+        assert_eq!(line(&config), format!("{plain} --policy {policy} --digest auto"));
     }
 
     #[test]
