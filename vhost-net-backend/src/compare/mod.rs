@@ -495,6 +495,14 @@ impl Compare {
             }
         }
         let flow = &mut self.flows[id];
+        let first = flow.aside.first().or(flow.held.first()).filter(|_| !flow.stuck);
+        if let (Some(first), Protocol::Tcp(tcp)) = (first, &mut flow.protocol) {
+            let held = self.held.get(first);
+            if let Some(frame) = tcp.lowered_ack(&held.packet, &held.frame) {
+                actions.push_copy_to_lan(FrameHeader::default(), &frame);
+                self.stats.acks_lowered += 1;
+            }
+        }
         if let (true, Protocol::Tcp(tcp)) = (flow.is_free(), &mut flow.protocol)
             && let Some(frame) = tcp.reopened_window()
         {

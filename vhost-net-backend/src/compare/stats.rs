@@ -32,6 +32,8 @@ pub struct CompareStats {
     pub svm_packets_unused: u64,
     /// Acknowledgments made here, to open a window that had been narrowed.
     pub windows_reopened: u64,
+    /// Acknowledgments that were sent of less than the PVM's, because the SVM did not get on without.
+    pub acks_lowered: u64,
     /// How long those released by a match had waited, together, in microseconds.
     pub waited_us: u64,
     /// The longest wait among them, in microseconds.

@@ -143,6 +143,8 @@ pub(super) struct TcpFlow {
     ahead: VecDeque<SvmEnd>,
     /// What waits in front waits for what the PVM says next.
     short: bool,
+    /// The SVM has just acknowledged what it had acknowledged before, and nothing else.
+    svm_repeats: bool,
 }
 
 pub(super) fn at_least(a: Option<u32>, b: u32) -> bool {
@@ -233,6 +235,7 @@ impl TcpFlow {
             }
             return;
         }
+        self.svm_repeats = current && segment.is_pure_ack() && svm.ack == Some(segment.ack);
         if flags.has(Flags::ACK) {
             raise(&mut svm.ack, segment.ack);
         }
@@ -626,6 +629,25 @@ impl TcpFlow {
     /// A frame that opens the client's window again, if the SVM has caught up. For when nothing of the flow is held.
     pub(super) fn reopened_window(&mut self) -> Option<Vec<u8>> {
         if self.reset { None } else { self.window.reopen(self.svm.edge) }
+    }
+
+    /// A frame that tells the client how far the SVM has got, if that is what it must know to go on. `packet` waits in
+    /// front for the SVM's acknowledgment.
+    ///
+    /// When the SVM has missed the end of what the client sent, and the PVM has it all, the client sends the beginning
+    /// again, which both have, and hears nothing new for ever. The SVM repeats its acknowledgment then.
+    pub(super) fn lowered_ack(&mut self, packet: &Packet, frame: &[u8]) -> Option<Vec<u8>> {
+        let Kind::Tcp { segment, .. } = &packet.kind else {
+            return None;
+        };
+        let ack = self.svm.ack.filter(|_| std::mem::take(&mut self.svm_repeats))?;
+        let is_news = !at_least(self.pvm_ack, ack) && !at_least(Some(ack), segment.ack);
+        if !is_news || !segment.flags.has(Flags::ACK) || segment.flags.0 & (Flags::SYN | Flags::RST) != 0 {
+            return None;
+        }
+        let frame = self.window.lowered(ack, self.svm.edge, packet, frame)?;
+        raise(&mut self.pvm_ack, ack);
+        Some(frame)
     }
 
     /// The other end answers the guest's SYN.

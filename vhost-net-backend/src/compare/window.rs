@@ -8,7 +8,9 @@ use crate::packet::{Addresses, Flags, Kind, Packet, Segment};
 
 use super::tcp::{at_least, raise};
 
-/// Where in a TCP header the window and the checksum stand.
+/// Where in a TCP header the numbers, the window and the checksum stand.
+const SEQ_AT: usize = 4;
+const ACK_AT: usize = 8;
 const WINDOW_AT: usize = 14;
 const CHECKSUM_AT: usize = 16;
 
@@ -31,7 +33,7 @@ pub(super) struct Window {
     narrowed: Option<Box<Narrowed>>,
 }
 
-/// What is needed to tell the client of a wider window when the PVM has nothing more to say.
+/// What is needed to send an acknowledgment that the PVM has not sent so.
 #[derive(Debug)]
 struct Narrowed {
     /// The frame without data.
@@ -119,12 +121,7 @@ impl Window {
         segment.change(frame, checksum, segment.at + WINDOW_AT, &window.to_be_bytes());
         raise(&mut self.released_edge, segment.ack.wrapping_add(u32::from(window) << scale));
         if let Kind::Tcp { addresses, .. } = packet.kind {
-            self.narrowed = Some(Box::new(Narrowed {
-                head: frame[..segment.payload.start].to_vec(),
-                network_at: packet.network_at,
-                addresses,
-                segment: segment.clone(),
-            }));
+            self.narrowed = Some(Box::new(Narrowed::of(packet, addresses, segment, frame)));
         }
     }
 
@@ -145,12 +142,41 @@ impl Window {
         if at_least(Some(released), opened) {
             return None;
         }
-        let frame = narrowed.acknowledgment(window);
+        let Segment { ack, .. } = narrowed.segment;
+        let frame = narrowed.acknowledgment(narrowed.segment.seq_end(), ack, window);
         self.released_edge = Some(opened);
         if limit == pvm_edge {
             self.narrowed = None;
         }
         Some(frame)
+    }
+
+    /// An acknowledgment of less than the segment acknowledges, which waits: of what the SVM has too.
+    pub(super) fn lowered(
+        &mut self,
+        ack: u32,
+        svm_edge: Option<u32>,
+        packet: &Packet,
+        frame: &[u8],
+    ) -> Option<Vec<u8>> {
+        let Kind::Tcp { addresses, segment } = &packet.kind else {
+            return None;
+        };
+        let (scale, mut limit) = (self.scale?, self.edge_of(segment)?);
+        if let Some(svm_edge) = svm_edge
+            && at_least(Some(limit), svm_edge)
+        {
+            limit = svm_edge;
+        }
+        if let Some(released) = self.released_edge
+            && !at_least(Some(limit), released)
+        {
+            limit = released;
+        }
+        let window = window(limit, ack, scale);
+        raise(&mut self.released_edge, edge(ack, window, scale));
+        let waiting = Narrowed::of(packet, *addresses, segment, frame);
+        Some(waiting.acknowledgment(segment.seq, ack, window))
     }
 }
 
@@ -160,8 +186,17 @@ fn window(edge: u32, ack: u32, scale: u8) -> u16 {
 }
 
 impl Narrowed {
-    /// The same segment without its data, as if it were sent after it.
-    fn acknowledgment(&self, window: u16) -> Vec<u8> {
+    fn of(packet: &Packet, addresses: Addresses, segment: &Segment, frame: &[u8]) -> Self {
+        Self {
+            head: frame[..segment.payload.start].to_vec(),
+            network_at: packet.network_at,
+            addresses,
+            segment: segment.clone(),
+        }
+    }
+
+    /// The same segment with other numbers and without its data.
+    fn acknowledgment(&self, seq: u32, ack: u32, window: u16) -> Vec<u8> {
         let mut frame = self.head.clone();
         let (ip, tcp) = (self.network_at, self.segment.at);
         let data_bytes = self.segment.payload.len() as u16;
@@ -172,7 +207,8 @@ impl Narrowed {
             let payload = u16::from_be_bytes([frame[ip + 4], frame[ip + 5]]) - data_bytes;
             frame[ip + 4..ip + 6].copy_from_slice(&payload.to_be_bytes());
         }
-        frame[tcp + 4..tcp + 8].copy_from_slice(&self.segment.seq_end().to_be_bytes());
+        frame[tcp + SEQ_AT..tcp + SEQ_AT + 4].copy_from_slice(&seq.to_be_bytes());
+        frame[tcp + ACK_AT..tcp + ACK_AT + 4].copy_from_slice(&ack.to_be_bytes());
         frame[tcp + 13] = Flags::ACK as u8;
         frame[tcp + WINDOW_AT..tcp + WINDOW_AT + 2].copy_from_slice(&window.to_be_bytes());
         frame[tcp + CHECKSUM_AT..tcp + CHECKSUM_AT + 2].fill(0);
