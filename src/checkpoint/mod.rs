@@ -15,7 +15,7 @@ mod tests;
 mod wire;
 
 pub use crash::crash_point;
-pub use primary::{Primary, Reply, read_replies};
+pub use primary::{Hearing, Primary, Reply, read_replies};
 pub use record::{History, PrimarySteps, Record, SecondarySteps};
 pub use secondary::{Incoming, Received, Secondary, SharedCache, read_checkpoints};
 pub use stream::UringStream;

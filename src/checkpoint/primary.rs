@@ -51,6 +51,18 @@ pub enum Reply {
     Lost(String),
 }
 
+/// What the primary hears while it takes a checkpoint.
+pub trait Hearing {
+    /// Waits for the secondary's next reply.
+    ///
+    /// # Errors
+    /// The secondary is lost or takes too long.
+    fn reply(&mut self) -> Result<Reply, CheckpointError>;
+
+    /// The output is released and the VM still paused: whatever this side's back ends have wished until now they have.
+    fn wishes_are_met(&mut self);
+}
+
 /// Reads what the secondary says until the connection ends; the last call is with [`Reply::Lost`].
 pub fn read_replies(mut stream: impl Read, mut on_reply: impl FnMut(Reply)) {
     let mut payload = Vec::new();
@@ -116,8 +128,7 @@ impl Primary {
         self.epoch
     }
 
-    /// Takes one checkpoint and lets the VM run on. `next` waits for the secondary's next reply; it fails when the
-    /// secondary is lost or takes too long.
+    /// Takes one checkpoint and lets the VM run on.
     ///
     /// The checkpoint of epoch 0 synchronises everything; the VM is already paused then.
     ///
@@ -128,7 +139,7 @@ impl Primary {
         vm: &mut dyn Vm,
         devices: &mut dyn Devices,
         cause: &str,
-        next: &mut dyn FnMut() -> Result<Reply, CheckpointError>,
+        hearing: &mut dyn Hearing,
     ) -> Result<Record, CheckpointError> {
         let epoch = self.epoch;
         let mut steps = PrimarySteps::default();
@@ -159,7 +170,7 @@ impl Primary {
         self.send(vm)?;
         steps.send_us = watch.step_us();
         crash_point("sent");
-        match next()? {
+        match hearing.reply()? {
             Reply::Committed { epoch: of } if of == epoch => {}
             other => {
                 return Err(CheckpointError::Peer(format!("{other:?} instead of its commit of {epoch}")));
@@ -168,13 +179,14 @@ impl Primary {
         steps.commit_us = watch.step_us();
         crash_point("committed");
         if self.verify {
-            self.compare(vm, next)?;
+            self.compare(vm, hearing)?;
             write_frame(&mut self.out, VERIFIED, epoch, &[])?;
             steps.verify_us = watch.step_us();
         }
         devices.commit(epoch)?;
         steps.release_us = watch.step_us();
         crash_point("released");
+        hearing.wishes_are_met();
         vm.resume()?;
         steps.resume_us = watch.step_us();
         self.epoch += 1;
@@ -233,16 +245,12 @@ impl Primary {
     }
 
     /// Compares the digests of all pages with the secondary's.
-    fn compare(
-        &mut self,
-        vm: &dyn Vm,
-        next: &mut dyn FnMut() -> Result<Reply, CheckpointError>,
-    ) -> Result<(), CheckpointError> {
+    fn compare(&mut self, vm: &dyn Vm, hearing: &mut dyn Hearing) -> Result<(), CheckpointError> {
         let ours = digests(vm)?;
         let mut different = Vec::new();
         let mut seen = 0;
         while seen < ours.len() {
-            let (first, theirs) = match next()? {
+            let (first, theirs) = match hearing.reply()? {
                 Reply::Digests { first, digests } => (first as usize, digests),
                 other => return Err(CheckpointError::Peer(format!("{other:?} instead of its digests"))),
             };

@@ -231,11 +231,7 @@ impl Pair {
                 };
                 secondary.checkpoint(epoch, &mut b.vm, &mut b.devices, &mut complete, &mut verified)
             });
-            let mut next = || match replies.recv_timeout(limit).unwrap() {
-                Reply::Lost(why) => Err(CheckpointError::Peer(why)),
-                reply => Ok(reply),
-            };
-            let taken = primary.checkpoint(&mut a.vm, &mut a.devices, "test", &mut next);
+            let taken = primary.checkpoint(&mut a.vm, &mut a.devices, "test", replies);
             if let Err(error @ CheckpointError::Verify { .. }) = &taken {
                 primary.goodbye(&error.to_string()).unwrap();
             }
@@ -252,6 +248,17 @@ impl Pair {
         assert_eq!(reported, Reply::Resumed { epoch: record.epoch, steps });
         record
     }
+}
+
+impl Hearing for Receiver<Reply> {
+    fn reply(&mut self) -> Result<Reply, CheckpointError> {
+        match self.recv_timeout(Duration::from_secs(10)).unwrap() {
+            Reply::Lost(why) => Err(CheckpointError::Peer(why)),
+            reply => Ok(reply),
+        }
+    }
+
+    fn wishes_are_met(&mut self) {}
 }
 
 /// What a VM did in an epoch: pages, and the device state at its end.

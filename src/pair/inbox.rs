@@ -6,7 +6,7 @@ use std::time::Instant;
 use crossbeam_channel::Receiver;
 
 use super::event::{Device, Event};
-use crate::checkpoint::{CheckpointError, DeviceError, Incoming, Received, Reply};
+use crate::checkpoint::{CheckpointError, DeviceError, Hearing, Incoming, Received, Reply};
 
 /// Events in the order of their arrival, except for those that had to wait.
 pub(super) struct Inbox {
@@ -34,14 +34,6 @@ impl Inbox {
         }
     }
 
-    /// Forgets requests for a checkpoint that have just been met. A request that a back end sent before it answered
-    /// `commit` is already in the queue, so this finds every one of them.
-    pub(super) fn drop_wanted(&mut self) {
-        self.deferred.extend(self.events.try_iter());
-        self.deferred
-            .retain(|event| !matches!(event, Event::Wanted { .. } | Event::Reply(Reply::Wanted { .. })));
-    }
-
     /// Secondary: keeps a marker for the checkpoint that is about to begin.
     pub(super) fn keep_marker(&mut self, device: Device, epoch: u64) {
         self.markers.push((device, epoch));
@@ -66,15 +58,9 @@ impl Inbox {
         }
     }
 
-    /// Primary: the secondary's next word on the checkpoint.
-    pub(super) fn reply(&mut self, deadline: Instant) -> Result<Reply, CheckpointError> {
-        loop {
-            match self.inside(deadline, "the secondary's answer")? {
-                Event::Wanted { .. } | Event::Reply(Reply::Wanted { .. }) => {}
-                Event::Reply(reply) => return Ok(reply),
-                other => self.deferred.push_back(other),
-            }
-        }
+    /// Primary: what is heard while a checkpoint is taken, up to `deadline`.
+    pub(super) fn hearing(&mut self, deadline: Instant) -> impl Hearing {
+        PrimaryHearing { inbox: self, deadline }
     }
 
     /// Secondary: waits until all parts of a checkpoint are here: memory and device state, and the marker of each device.
@@ -127,6 +113,36 @@ impl Inbox {
                 }
             }
         }
+    }
+}
+
+struct PrimaryHearing<'a> {
+    inbox: &'a mut Inbox,
+    deadline: Instant,
+}
+
+/// A wish for a checkpoint that has been met is forgotten, and one of the next epoch is not: it will not come again.
+impl Hearing for PrimaryHearing<'_> {
+    fn reply(&mut self) -> Result<Reply, CheckpointError> {
+        loop {
+            match self.inbox.inside(self.deadline, "the secondary's answer")? {
+                Event::Reply(reply @ Reply::Committed { .. }) => {
+                    // what the secondary wishes from here on is of the next epoch
+                    let is_met = |event: &Event| matches!(event, Event::Reply(Reply::Wanted { .. }));
+                    self.inbox.deferred.retain(|event| !is_met(event));
+                    return Ok(reply);
+                }
+                Event::Reply(reply) if !matches!(reply, Reply::Wanted { .. }) => return Ok(reply),
+                other => self.inbox.deferred.push_back(other),
+            }
+        }
+    }
+
+    /// A wish that a back end sent before it answered `commit` is in the queue already, and it sends no other before the
+    /// VM runs.
+    fn wishes_are_met(&mut self) {
+        self.inbox.deferred.extend(self.inbox.events.try_iter());
+        self.inbox.deferred.retain(|event| !matches!(event, Event::Wanted { .. }));
     }
 }
 
@@ -213,9 +229,19 @@ mod tests {
     #[test]
     fn wishes_that_a_checkpoint_has_met_are_forgotten_and_nothing_else() {
         let (sender, mut inbox) = inbox();
-        send(&sender, [wanted(), Event::Terminate, wanted()]);
-        inbox.drop_wanted();
+        let of_secondary = || Event::Reply(Reply::Wanted { cause: "buffer".into(), detail: String::new() });
+        let committed = Event::Reply(Reply::Committed { epoch: 3 });
+        send(&sender, [wanted(), of_secondary(), Event::Terminate, committed, of_secondary(), wanted()]);
+        let mut hearing = inbox.hearing(soon());
+        assert_eq!(hearing.reply().unwrap(), Reply::Committed { epoch: 3 });
+        hearing.wishes_are_met();
+        drop(hearing);
+        // the VM runs again
+        send(&sender, [wanted()]);
         assert!(matches!(inbox.next(Some(soon())), Some(Event::Terminate)));
+        let secondarys = inbox.next(Some(soon()));
+        assert!(matches!(secondarys, Some(Event::Reply(Reply::Wanted { .. }))), "it is of the next epoch");
+        assert!(matches!(inbox.next(Some(soon())), Some(Event::Wanted { .. })), "so is this");
         assert!(inbox.next(Some(soon())).is_none());
     }
 }

@@ -112,12 +112,11 @@ fn leave(primary: &mut Primary, why: &str) -> Turn {
 
 fn checkpoint_once(side: &mut Side, primary: &mut Primary, due: Due) -> anyhow::Result<Option<Turn>> {
     let deadline = side.checkpoint_deadline();
-    let inbox = &mut side.inbox;
-    let taken =
-        primary.checkpoint(&mut side.vm, &mut side.backends, &due.cause, &mut || inbox.reply(deadline));
+    let mut hearing = side.inbox.hearing(deadline);
+    let taken = primary.checkpoint(&mut side.vm, &mut side.backends, &due.cause, &mut hearing);
+    drop(hearing);
     match taken {
         Ok(record) => {
-            side.inbox.drop_wanted();
             tracing::debug!(
                 "Checkpoint {} ({}): {} pages, pause {} us",
                 record.epoch,
