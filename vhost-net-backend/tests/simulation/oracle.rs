@@ -354,6 +354,8 @@ impl Oracle {
         assert_eq!(sent.seq, said.seq.wrapping_sub(delta), "it is {delta} ahead: {}", trace::frame(frame));
         let (Some((said, _)), Some((value, _))) = (said.timestamps, sent.timestamps) else { return };
         let shift = match (pvm.clock, svm.clock) {
+            // its SYN was sent again by either: the shift is between two retransmission timers
+            _ if *is_copy && svm.syn => return,
             _ if *is_copy => 0,
             (Some(pvm), Some(svm)) => svm.wrapping_sub(pvm),
             (Some(_), None) => return,

@@ -1,5 +1,6 @@
 //! The proxy under test: the only place that knows its interface. Packets, times and orders in, actions out.
 
+use vhost_net_backend::digest::Key;
 use vhost_net_backend::proxy::{Action, Actions, Buffer, Config, Primary, Secondary};
 
 use crate::stack::Frame;
@@ -77,6 +78,20 @@ impl Half {
         self.wishes()
     }
 
+    pub(crate) fn want_digests(&mut self, key: u64) -> Vec<Wish> {
+        let Proxy::Primary(primary) = &mut self.proxy else { panic!("the primary names the key") };
+        primary.want_digests(Key::new(key).expect("a key"), &mut self.actions);
+        self.wishes()
+    }
+
+    /// The guest has nothing more to send for now.
+    pub(crate) fn guest_pauses(&mut self) -> Vec<Wish> {
+        if let Proxy::Secondary(secondary) = &mut self.proxy {
+            secondary.flush(&mut self.actions);
+        }
+        self.wishes()
+    }
+
     pub(crate) fn accepts_output(&mut self) -> bool {
         both!(self, proxy => proxy.accepts_output())
     }
@@ -128,6 +143,14 @@ impl Half {
 
     pub(crate) fn silence(&mut self) {
         both!(self, proxy => proxy.silence());
+    }
+
+    /// Segments of which the secondary sent digests.
+    pub(crate) fn digests(&mut self) -> u64 {
+        match &mut self.proxy {
+            Proxy::Primary(_) => 0,
+            Proxy::Secondary(secondary) => secondary.stats().digest.map_or(0, |digest| digest.digests),
+        }
     }
 
     /// Packets of the SVM whose numbers were changed.

@@ -47,6 +47,8 @@ pub(crate) enum Failure {
 pub(crate) struct Scenario {
     pub(crate) setup: Setup,
     pub(crate) config: Config,
+    /// With this key the secondary sends digests.
+    pub(crate) digest_key: Option<u64>,
     pub(crate) plans: Vec<Plan>,
     pub(crate) datagrams: datagrams::Plan,
     pub(crate) weather: Weather,
@@ -204,6 +206,7 @@ impl Scenario {
         Self {
             setup,
             config,
+            digest_key: rng.bool().then(|| rng.u64(1..1 << 60)),
             plans,
             datagrams,
             weather,

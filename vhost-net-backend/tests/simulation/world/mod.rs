@@ -121,6 +121,7 @@ pub(crate) struct Figures {
     pub(crate) released: u64,
     pub(crate) reopened: u64,
     pub(crate) rewritten: u64,
+    pub(crate) digests: u64,
     /// Of all that came to the LAN, and when.
     pub(crate) lan: Hash,
 }
@@ -133,6 +134,7 @@ impl Figures {
         self.released += other.released;
         self.reopened += other.reopened;
         self.rewritten += other.rewritten;
+        self.digests += other.digests;
         self.lan.0 ^= other.lan.0;
     }
 }
@@ -206,6 +208,10 @@ impl World {
             figures: Figures::default(),
             scenario,
         };
+        if let Some(key) = world.scenario.digest_key {
+            let wishes = world.host(Primary).half.want_digests(key);
+            world.carry_out(Primary, wishes);
+        }
         world.poll_client_at(0);
         world.poll_guest_at(Primary, 0);
         world.poll_guest_at(Secondary, 0);
@@ -249,6 +255,7 @@ impl World {
         self.figures.released = self.oracle.released;
         self.figures.reopened = self.oracle.reopened;
         self.figures.rewritten = self.host(Secondary).half.rewrites();
+        self.figures.digests = self.host(Secondary).half.digests();
     }
 
     /// No failure is under way.

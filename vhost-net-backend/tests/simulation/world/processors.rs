@@ -1,5 +1,7 @@
 //! The processors: when the client and the VMs run, and what the hosts do with what the VMs send.
 
+use vhost_net_backend::wire::OUTPUT;
+
 use super::Side::{Primary, Secondary};
 use super::{Event, NEVER, Phase, Side, World};
 use crate::pair::Wish;
@@ -61,6 +63,8 @@ impl World {
         }
         host.guest.poll(now_us);
         self.take_output(side);
+        let wishes = self.host(side).half.guest_pauses();
+        self.carry_out(side, wishes);
         let host = self.host(side);
         if let Some(at_us) = host.guest.poll_at(now_us) {
             let delay_us = 10 + self.rng.u64(0..=self.scenario.guest_us_max[side as usize]);
@@ -95,7 +99,9 @@ impl World {
             for wish in &wishes {
                 match (side, wish) {
                     (Secondary, Wish::ToLan(sent)) => self.oracle.secondary_sends(&frame, sent),
-                    (Secondary, Wish::ToPeer(sent)) => self.oracle.secondary_sends(&frame, &sent.payload),
+                    (Secondary, Wish::ToPeer(sent)) if sent.kind == OUTPUT => {
+                        self.oracle.secondary_sends(&frame, &sent.payload);
+                    }
                     _ => {}
                 }
             }
