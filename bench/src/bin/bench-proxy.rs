@@ -36,9 +36,9 @@ struct Arguments {
 struct Comparison {
     #[command(flatten)]
     sides: Sides,
-    /// Measure colo-filter in place of a loop of this program that polls
+    /// Measure a loop of this program that polls in place of colo-filter
     #[arg(long)]
-    filter: bool,
+    polling: bool,
     /// Where the rows go, as JSON
     #[arg(long, default_value = "target/bench/proxy.json", value_name = "PATH")]
     json: PathBuf,
@@ -169,7 +169,7 @@ fn compare(options: &Comparison) -> Result<()> {
     let namespace = lab.add_namespace("bench")?;
     let bench = Bench {
         sides,
-        ours: if options.filter { Contender::Filter } else { Contender::Ours },
+        ours: if options.polling { Contender::Polling } else { Contender::Ours },
         place: Place { namespace: &namespace, directory: lab.directory(), core: sides.server_core },
     };
     let mut rows = Vec::new();

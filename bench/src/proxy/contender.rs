@@ -12,10 +12,10 @@ use crate::{Place, Server};
 /// Whose comparison it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contender {
-    /// Ours, as a process that polls: a loop around the library ([`super::process`]).
-    Ours,
     /// `colo-filter`, which sleeps when there is nothing to do.
-    Filter,
+    Ours,
+    /// A process that polls: a loop around the library ([`super::process`]).
+    Polling,
     /// QEMU's.
     ColoCompare,
 }
@@ -39,8 +39,8 @@ impl Comparer {
         // what an earlier one has left
         sockets.iter().for_each(|socket| drop(std::fs::remove_file(socket)));
         let command = match contender {
-            Contender::Ours => ours(place.core, &sockets)?,
-            Contender::Filter => filter(place.core, &sockets)?,
+            Contender::Polling => polling(place.core, &sockets)?,
+            Contender::Ours => colo_filter(place.core, &sockets)?,
             Contender::ColoCompare => colo_compare(place.core, &sockets),
         };
         let server = Server::start(place, command, sockets[2].clone(), "compare")?;
@@ -67,13 +67,13 @@ impl Comparer {
 }
 
 /// This program with another task.
-fn ours(core: usize, sockets: &[PathBuf; 3]) -> Result<Command> {
+fn polling(core: usize, sockets: &[PathBuf; 3]) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe().context("This program's own path")?);
     command.args(["serve", "--core", &core.to_string()]).args(sockets);
     Ok(command)
 }
 
-fn filter(core: usize, sockets: &[PathBuf; 3]) -> Result<Command> {
+fn colo_filter(core: usize, sockets: &[PathBuf; 3]) -> Result<Command> {
     let mut command = on_core(core);
     command.arg(program("colo-filter")?);
     for (option, socket) in ["--primary-in", "--secondary-in", "--out"].iter().zip(sockets) {

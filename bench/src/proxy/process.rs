@@ -1,6 +1,6 @@
 //! Our comparison as a process that stands where colo-compare does: the same three sockets, one thread that polls. It
-//! takes no checkpoints, so what differs is held for ever. It is a thin loop around the library; colo-filter, which has the
-//! same sockets, can be measured in its place ([`super::Contender::Filter`]).
+//! takes no checkpoints, so what differs is held for ever. A thin loop around the library, to tell what of colo-filter's cost
+//! is its own ([`super::Contender::Polling`]).
 
 use std::io::{self, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
