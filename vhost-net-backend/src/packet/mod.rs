@@ -100,6 +100,7 @@ pub(crate) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
 
 impl Packet {
     /// Takes a frame (without a virtio-net header) apart. Any bytes are allowed.
+    #[inline]
     pub fn parse(frame: &[u8]) -> Self {
         let mut packet =
             Self { vlan: Vlan::default(), ethertype: 0, network_at: ETHERNET_BYTES, kind: Kind::Opaque };
@@ -128,14 +129,15 @@ impl Packet {
                 packet.network_at += SNAP.len() + 2;
             }
         }
-        let kind = match packet.ethertype {
-            ETHERTYPE_IPV4 => ip::parse_v4(frame, packet.network_at),
-            ETHERTYPE_IPV6 => ip::parse_v6(frame, packet.network_at),
-            ETHERTYPE_ARP => parse_arp(frame, packet.network_at),
-            _ => None,
-        };
-        packet.kind = kind.unwrap_or(Kind::Opaque);
-        packet
+        let Self { vlan, ethertype, network_at, .. } = packet;
+        // in each arm, so that what was found is written where it stays and is not copied on the way
+        let of = |kind| Self { vlan, ethertype, network_at, kind };
+        match ethertype {
+            ETHERTYPE_IPV4 => ip::parse_v4(frame, network_at).map_or(packet, of),
+            ETHERTYPE_IPV6 => ip::parse_v6(frame, network_at).map_or(packet, of),
+            ETHERTYPE_ARP => parse_arp(frame, network_at).map_or(packet, of),
+            _ => packet,
+        }
     }
 
     /// Takes a frame apart, and where it carries the first fragment of a TCP segment takes that for all of it: its header
