@@ -9,7 +9,7 @@ use super::datagrams::Messages;
 use super::held::{Chain, List};
 use super::masking::Masking;
 use super::tcp::TcpFlow;
-use crate::packet::{FlowKey, PackedKey};
+use crate::packet::{FlowKey, FlowName, PackedKey};
 use crate::policy::{Policy, Treatment};
 
 /// RFC 5382 §5: an established connection is remembered for at least 2 hours 4 minutes without a packet.
@@ -196,23 +196,24 @@ impl Flows {
 
     /// The place of the flow, which is made if it is not there. The table may grow beyond its limit, for a flow of the PVM
     /// must have a place to hold packets in.
-    pub(super) fn get(&mut self, key: &FlowKey, now_us: u64) -> FlowId {
-        let packed = PackedKey::from(key);
+    #[inline]
+    pub(super) fn get(&mut self, name: &impl FlowName, now_us: u64) -> FlowId {
+        let packed = name.packed();
         let place = self.place(&packed);
-        self.get_at(place, packed, key, now_us)
+        self.get_at(place, packed, name, now_us)
     }
 
-    fn get_at(&mut self, place: Option<FlowId>, packed: PackedKey, key: &FlowKey, now_us: u64) -> FlowId {
+    #[inline]
+    fn get_at(
+        &mut self,
+        place: Option<FlowId>,
+        packed: PackedKey,
+        name: &impl FlowName,
+        now_us: u64,
+    ) -> FlowId {
         let id = match place {
             Some(id) => id,
-            None => {
-                self.make_room();
-                let id = self.flows.insert(Flow::new(*key, self.policy.of(key), now_us)) as FlowId;
-                let (flows, hasher) = (&self.flows, &self.hasher);
-                let hash = |id: &FlowId| hasher.hash_one(flows[*id as usize].packed);
-                self.places.insert_unique(hasher.hash_one(packed), id, hash);
-                id
-            }
+            None => self.add(packed, &name.key(), now_us),
         };
         self.last = Some((packed, id));
         let flow = &mut self.flows[id as usize];
@@ -224,11 +225,22 @@ impl Flows {
         id
     }
 
+    #[cold]
+    fn add(&mut self, packed: PackedKey, key: &FlowKey, now_us: u64) -> FlowId {
+        self.make_room();
+        let id = self.flows.insert(Flow::new(*key, self.policy.of(key), now_us)) as FlowId;
+        let (flows, hasher) = (&self.flows, &self.hasher);
+        let hash = |id: &FlowId| hasher.hash_one(flows[*id as usize].packed);
+        self.places.insert_unique(hasher.hash_one(packed), id, hash);
+        id
+    }
+
     /// The same for a packet of the SVM: not beyond the limit.
-    pub(super) fn get_if_room(&mut self, key: &FlowKey, now_us: u64) -> Option<FlowId> {
-        let packed = PackedKey::from(key);
+    #[inline]
+    pub(super) fn get_if_room(&mut self, name: &impl FlowName, now_us: u64) -> Option<FlowId> {
+        let packed = name.packed();
         let place = self.place(&packed);
-        (place.is_some() || self.make_room()).then(|| self.get_at(place, packed, key, now_us))
+        (place.is_some() || self.make_room()).then(|| self.get_at(place, packed, name, now_us))
     }
 
     /// The flow, if it is there, to look at.

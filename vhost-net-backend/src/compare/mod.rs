@@ -34,7 +34,7 @@ use tcp::{Piece, Verdict, Wait, When};
 
 use crate::digest::{Ask, Key, Run};
 use crate::offload::FrameHeader;
-use crate::packet::{Flags, FlowKey, Kind, Packet};
+use crate::packet::{Flags, FlowKey, FlowName, FromGuest, Kind, Packet};
 use crate::policy::Policy;
 use crate::proxy::{Actions, Buffer, Cause};
 
@@ -165,7 +165,7 @@ impl Compare {
 
     fn pvm_sends(&mut self, frame: Output, packet: Packet, now_us: u64, actions: &mut Actions) {
         self.stats.pvm_packets += 1;
-        let id = self.flows.get(&packet.flow_from_guest(&frame), now_us);
+        let id = self.flows.get(&FromGuest(&packet, &frame), now_us);
         if self.suspended {
             self.hold(id, frame, packet, Lane::InOrder, now_us, actions);
             return;
@@ -326,11 +326,11 @@ impl Compare {
 
     /// The place of a flow of which the SVM has something to say, if there is room to keep that. Losing it is safe: what
     /// the PVM says waits for a checkpoint, and that is on its way.
-    fn flow_if_room(&mut self, key: &FlowKey, now_us: u64, actions: &mut Actions) -> Option<FlowId> {
+    fn flow_if_room(&mut self, name: &impl FlowName, now_us: u64, actions: &mut Actions) -> Option<FlowId> {
         if !self.has_room_for_svm(actions) {
             return None;
         }
-        let id = self.flows.get_if_room(key, now_us);
+        let id = self.flows.get_if_room(name, now_us);
         if id.is_none() {
             let detail = format!("The flow table is full ({} flows)", self.flows.len());
             self.want(Cause::Buffer, detail, actions);
@@ -381,9 +381,8 @@ impl Compare {
     }
 
     fn svm_sends(&mut self, frame: &[u8], packet: &Packet, now_us: u64, actions: &mut Actions) {
-        let key = packet.flow_from_guest(frame);
         self.stats.svm_packets += 1;
-        let Some(id) = self.flow_if_room(&key, now_us, actions) else {
+        let Some(id) = self.flow_if_room(&FromGuest(packet, frame), now_us, actions) else {
             self.stats.svm_packets_dropped += 1;
             return;
         };
@@ -404,7 +403,7 @@ impl Compare {
                 let waiting = std::iter::successors(flow.held.first(), |id| held.next(Chain::Flow, *id));
                 tcp.svm_says(segment, frame, waiting.map(|id| held.get(id)));
                 if segment.flags.has(Flags::RST) && tcp.svm_alone_has_reset() && !self.wanted {
-                    self.resets.push_back((now_us + self.limits.held_us_max, key));
+                    self.resets.push_back((now_us + self.limits.held_us_max, flow.key));
                 }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
                 self.advance_tcp(id, now_us, actions);

@@ -12,8 +12,8 @@ mod tcp;
 
 use std::ops::Range;
 
-pub(crate) use flow::PackedKey;
 pub use flow::{FlowKey, Transport, Vlan};
+pub(crate) use flow::{FlowName, FromGuest, PackedKey};
 pub use quoted::Quoted;
 pub use tcp::{Flags, Segment, SynOptions, Timestamps, edge_positions};
 
@@ -154,25 +154,29 @@ impl Packet {
         packet
     }
 
+    /// From where to where, and what tells its messages from others between the two, as its sender sees that.
+    #[inline]
+    fn over_ip(&self) -> Option<(&Addresses, Transport)> {
+        match &self.kind {
+            Kind::Tcp { addresses, segment } => {
+                let (guest_port, remote_port) = (segment.source_port, segment.destination_port);
+                Some((addresses, Transport::Tcp { guest_port, remote_port }))
+            }
+            Kind::Datagram { addresses, transport, .. } => Some((addresses, *transport)),
+            Kind::Arp | Kind::Opaque => None,
+        }
+    }
+
     /// The flow of a frame that the guest sent.
     pub fn flow_from_guest(&self, frame: &[u8]) -> FlowKey {
-        match &self.kind {
-            Kind::Tcp { addresses, segment } => FlowKey::Ip {
+        match self.over_ip() {
+            Some((addresses, transport)) => FlowKey::Ip {
                 vlan: self.vlan,
                 guest: addresses.source,
                 remote: addresses.destination,
-                transport: Transport::Tcp {
-                    guest_port: segment.source_port,
-                    remote_port: segment.destination_port,
-                },
+                transport,
             },
-            Kind::Datagram { addresses, transport, .. } => FlowKey::Ip {
-                vlan: self.vlan,
-                guest: addresses.source,
-                remote: addresses.destination,
-                transport: *transport,
-            },
-            Kind::Arp | Kind::Opaque => FlowKey::Frame {
+            None => FlowKey::Frame {
                 vlan: self.vlan,
                 ethertype: self.ethertype,
                 source: frame.get(6..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default(),
