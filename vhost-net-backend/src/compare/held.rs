@@ -6,6 +6,7 @@ use slab::Slab;
 use super::flows::FlowId;
 use super::output::Output;
 use crate::packet::Packet;
+use crate::proxy::Buffer;
 
 /// A packet's place.
 pub(super) type HeldId = u32;
@@ -214,13 +215,21 @@ impl HeldPackets {
         }
     }
 
-    /// Takes one out that is in no other list any more.
-    pub(super) fn remove(&mut self, id: HeldId) -> HeldPacket {
+    /// The frame of a packet that leaves, which is to be [forgotten](Self::forget) then.
+    pub(super) fn take_frame(&mut self, id: HeldId) -> Output {
+        let held = self.get_mut(id);
+        let bytes = held.bytes();
+        held.masked = None;
+        let frame = std::mem::replace(&mut held.frame, Output::Frame(Buffer::default()));
+        self.bytes -= bytes;
+        frame
+    }
+
+    /// Takes one out whose frame has been taken, and that is in no other list any more.
+    pub(super) fn forget(&mut self, id: HeldId) {
         let mut all = self.all;
         self.unlink(&mut all, id);
         self.all = all;
-        let packet = self.packets.remove(id as usize);
-        self.bytes -= packet.bytes();
-        packet
+        self.packets.remove(id as usize);
     }
 }

@@ -315,15 +315,6 @@ impl Compare {
         }
     }
 
-    /// Takes a packet out of everything.
-    fn take_out(&mut self, id: HeldId) -> HeldPacket {
-        self.await_no_more(id);
-        let HeldPacket { flow, aside, .. } = *self.held.get(id);
-        let flow = &mut self.flows[flow];
-        self.held.unlink(if aside { &mut flow.aside } else { &mut flow.held }, id);
-        self.held.remove(id)
-    }
-
     /// The place of a flow of which the SVM has something to say, if there is room to keep that. Losing it is safe: what
     /// the PVM says waits for a checkpoint, and that is on its way.
     fn flow_if_room(&mut self, name: &impl FlowName, now_us: u64, actions: &mut Actions) -> Option<FlowId> {
@@ -504,10 +495,14 @@ impl Compare {
 
     /// A packet that was held leaves, since the SVM has said the same.
     fn release(&mut self, id: HeldId, now_us: u64, actions: &mut Actions) {
-        let HeldPacket { flow, packet, frame, since_us, .. } = self.take_out(id);
+        self.await_no_more(id);
+        let frame = self.held.take_frame(id);
+        let HeldPacket { flow, ref packet, since_us, aside, .. } = *self.held.get(id);
         let flow = &mut self.flows[flow];
+        leave(&mut flow.protocol, packet, frame, self.limits.clamp_windows, actions);
+        self.held.unlink(if aside { &mut flow.aside } else { &mut flow.held }, id);
+        self.held.forget(id);
         flow.begins &= !flow.held.is_empty();
-        leave(&mut flow.protocol, &packet, frame, self.limits.clamp_windows, actions);
         self.stats.released_after_wait(now_us.saturating_sub(since_us));
     }
 
@@ -584,7 +579,8 @@ impl Compare {
     /// what the SVM said.
     pub fn commit(&mut self, actions: &mut Actions) {
         while let Some(oldest) = self.held.oldest() {
-            let HeldPacket { flow, packet, frame, .. } = self.held.remove(oldest);
+            let frame = self.held.take_frame(oldest);
+            let HeldPacket { flow, ref packet, .. } = *self.held.get(oldest);
             let flow = &mut self.flows[flow];
             flow.held.clear();
             flow.aside.clear();
@@ -594,6 +590,7 @@ impl Compare {
                 tcp.leaves_unchanged(segment);
             }
             frame.leave(actions);
+            self.held.forget(oldest);
             self.stats.released_by_commit += 1;
         }
         self.commit_fragments(actions);
