@@ -6,7 +6,6 @@ use slab::Slab;
 use super::flows::FlowId;
 use super::output::Output;
 use crate::packet::Packet;
-use crate::proxy::Buffer;
 
 /// A packet's place.
 pub(super) type HeldId = u32;
@@ -38,7 +37,8 @@ const UNLINKED: Link = Link { before: NONE, behind: NONE };
 pub(super) struct HeldPacket {
     pub(super) flow: FlowId,
     pub(super) packet: Packet,
-    pub(super) frame: Output,
+    /// None when it leaves.
+    frame: Option<Output>,
     /// What is compared instead of the frame.
     masked: Option<Box<[u8]>>,
     pub(super) since_us: u64,
@@ -54,13 +54,18 @@ pub(super) struct HeldPacket {
 }
 
 impl HeldPacket {
+    /// What the PVM sent.
+    pub(super) fn frame(&self) -> &[u8] {
+        self.frame.as_deref().unwrap_or_default()
+    }
+
     /// The frame, but for what a mask covers.
     pub(super) fn compared(&self) -> &[u8] {
-        self.masked.as_deref().unwrap_or(&self.frame)
+        self.masked.as_deref().unwrap_or_else(|| self.frame())
     }
 
     fn bytes(&self) -> usize {
-        self.frame.cost() + self.masked.as_ref().map_or(0, |masked| masked.len())
+        self.frame.as_ref().map_or(0, Output::cost) + self.masked.as_ref().map_or(0, |masked| masked.len())
     }
 }
 
@@ -128,7 +133,7 @@ impl HeldPackets {
         let id = self.packets.insert(HeldPacket {
             flow,
             packet,
-            frame,
+            frame: Some(frame),
             masked: None,
             since_us: now_us,
             due_us: 0,
@@ -216,11 +221,11 @@ impl HeldPackets {
     }
 
     /// The frame of a packet that leaves, which is to be [forgotten](Self::forget) then.
-    pub(super) fn take_frame(&mut self, id: HeldId) -> Output {
+    pub(super) fn take_frame(&mut self, id: HeldId) -> Option<Output> {
         let held = self.get_mut(id);
         let bytes = held.bytes();
         held.masked = None;
-        let frame = std::mem::replace(&mut held.frame, Output::Frame(Buffer::default()));
+        let frame = held.frame.take();
         self.bytes -= bytes;
         frame
     }

@@ -464,7 +464,7 @@ impl Compare {
                 let verdict = tcp.judge(segment, held.compared(), &all.behind(Chain::Flow, waiting), key);
                 let (mut differs, mut piece) = (None, None);
                 match verdict {
-                    Verdict::Release => tcp.passed(segment, &held.frame),
+                    Verdict::Release => tcp.passed(segment, held.frame()),
                     Verdict::Wait(Wait::Piece(unfinished)) => piece = Some(unfinished),
                     Verdict::Wait(_) => {}
                     Verdict::Differ(how) => differs = Some(How::told(how, tcp, segment, held.compared())),
@@ -499,7 +499,9 @@ impl Compare {
         let frame = self.held.take_frame(id);
         let HeldPacket { flow, ref packet, since_us, aside, .. } = *self.held.get(id);
         let flow = &mut self.flows[flow];
-        leave(&mut flow.protocol, packet, frame, self.limits.clamp_windows, actions);
+        if let Some(frame) = frame {
+            leave(&mut flow.protocol, packet, frame, self.limits.clamp_windows, actions);
+        }
         self.held.unlink(if aside { &mut flow.aside } else { &mut flow.held }, id);
         self.held.forget(id);
         flow.begins &= !flow.held.is_empty();
@@ -579,17 +581,18 @@ impl Compare {
     /// what the SVM said.
     pub fn commit(&mut self, actions: &mut Actions) {
         while let Some(oldest) = self.held.oldest() {
-            let frame = self.held.take_frame(oldest);
-            let HeldPacket { flow, ref packet, .. } = *self.held.get(oldest);
-            let flow = &mut self.flows[flow];
+            let held = self.held.get(oldest);
+            let flow = &mut self.flows[held.flow];
             flow.held.clear();
             flow.aside.clear();
             flow.begins = false;
-            if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (&mut flow.protocol, &packet.kind) {
-                tcp.passed(segment, &frame);
+            if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (&mut flow.protocol, &held.packet.kind) {
+                tcp.passed(segment, held.frame());
                 tcp.leaves_unchanged(segment);
             }
-            frame.leave(actions);
+            if let Some(frame) = self.held.take_frame(oldest) {
+                frame.leave(actions);
+            }
             self.held.forget(oldest);
             self.stats.released_by_commit += 1;
         }

@@ -24,7 +24,7 @@ impl Output {
     /// What the checksum field of its TCP header holds.
     pub(super) fn checksum(&self) -> Checksum {
         match self {
-            Self::Frame(frame) => frame.header.checksum(),
+            Self::Frame(frame) => frame.header().checksum(),
             Self::Fragments(_) => Checksum::Complete,
         }
     }
