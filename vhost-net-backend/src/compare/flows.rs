@@ -97,11 +97,13 @@ impl Flow {
     }
 
     /// Whether nothing is held.
+    #[inline]
     pub(super) fn is_free(&self) -> bool {
         self.held.is_empty() && self.aside.is_empty() && !self.stuck
     }
 
     /// About how much memory the SVM's output takes here.
+    #[inline]
     pub(super) fn cost(&self) -> usize {
         match &self.protocol {
             Protocol::Tcp(tcp) => tcp.cost(),
@@ -149,12 +151,14 @@ pub(super) struct Flows {
 impl Index<FlowId> for Flows {
     type Output = Flow;
 
+    #[inline]
     fn index(&self, id: FlowId) -> &Flow {
         &self.flows[id as usize]
     }
 }
 
 impl IndexMut<FlowId> for Flows {
+    #[inline]
     fn index_mut(&mut self, id: FlowId) -> &mut Flow {
         &mut self.flows[id as usize]
     }
@@ -184,6 +188,7 @@ impl Flows {
     }
 
     /// The place of a flow, if it is there.
+    #[inline]
     fn place(&self, key: &PackedKey) -> Option<FlowId> {
         match &self.last {
             Some((last, id)) if last == key => Some(*id),

@@ -55,15 +55,18 @@ pub(super) struct HeldPacket {
 
 impl HeldPacket {
     /// What the PVM sent.
+    #[inline]
     pub(super) fn frame(&self) -> &[u8] {
         self.frame.as_deref().unwrap_or_default()
     }
 
     /// The frame, but for what a mask covers.
+    #[inline]
     pub(super) fn compared(&self) -> &[u8] {
         self.masked.as_deref().unwrap_or_else(|| self.frame())
     }
 
+    #[inline]
     fn bytes(&self) -> usize {
         self.frame.as_ref().map_or(0, Output::cost) + self.masked.as_ref().map_or(0, |masked| masked.len())
     }
@@ -86,6 +89,7 @@ impl List {
         self.first == NONE
     }
 
+    #[inline]
     pub(super) fn first(&self) -> Option<HeldId> {
         (self.first != NONE).then_some(self.first)
     }
@@ -127,6 +131,7 @@ impl HeldPackets {
     }
 
     /// Adds one behind all others. It is in no other list yet.
+    #[inline]
     pub(super) fn push(&mut self, flow: FlowId, packet: Packet, frame: Output, now_us: u64) -> HeldId {
         self.bytes += frame.cost();
         self.bytes_peak = self.bytes_peak.max(self.bytes);
@@ -158,10 +163,12 @@ impl HeldPackets {
 
     /// # Panics
     /// When it is not there: a list would be broken.
+    #[inline]
     pub(super) fn get(&self, id: HeldId) -> &HeldPacket {
         &self.packets[id as usize]
     }
 
+    #[inline]
     pub(super) fn get_mut(&mut self, id: HeldId) -> &mut HeldPacket {
         &mut self.packets[id as usize]
     }
@@ -171,6 +178,7 @@ impl HeldPackets {
     }
 
     /// The one behind in the list of the chain.
+    #[inline]
     pub(super) fn next(&self, chain: Chain, id: HeldId) -> Option<HeldId> {
         let behind = self.get(id).links[chain as usize].behind;
         (behind != NONE).then_some(behind)
@@ -188,11 +196,13 @@ impl HeldPackets {
     }
 
     /// Puts a packet that is in no list of this chain at the end of one.
+    #[inline]
     pub(super) fn append(&mut self, list: &mut List, id: HeldId) {
         self.insert_behind(list, list.last(), id);
     }
 
     /// Puts a packet that is in no list of this chain behind another; first, if there is none.
+    #[inline]
     pub(super) fn insert_behind(&mut self, list: &mut List, before: Option<HeldId>, id: HeldId) {
         let chain = list.chain as usize;
         let behind = match before {
@@ -207,6 +217,7 @@ impl HeldPackets {
     }
 
     /// Takes a packet out of a list that it is in.
+    #[inline]
     pub(super) fn unlink(&mut self, list: &mut List, id: HeldId) {
         let chain = list.chain as usize;
         let Link { before, behind } = std::mem::replace(&mut self.get_mut(id).links[chain], UNLINKED);
@@ -221,6 +232,7 @@ impl HeldPackets {
     }
 
     /// The frame of a packet that leaves, which is to be [forgotten](Self::forget) then.
+    #[inline]
     pub(super) fn take_frame(&mut self, id: HeldId) -> Option<Output> {
         let held = self.get_mut(id);
         let bytes = held.bytes();
@@ -231,6 +243,7 @@ impl HeldPackets {
     }
 
     /// Takes one out whose frame has been taken, and that is in no other list any more.
+    #[inline]
     pub(super) fn forget(&mut self, id: HeldId) {
         let mut all = self.all;
         self.unlink(&mut all, id);
