@@ -143,6 +143,8 @@ pub(super) struct Flows {
     last: Option<(PackedKey, FlowId)>,
     /// Flows that have had a packet in this epoch.
     touched: Vec<FlowId>,
+    /// Entries that were ever in use at once.
+    entries: usize,
     /// The entry to be looked at next for its age.
     hand: usize,
     flows_max: usize,
@@ -173,6 +175,7 @@ impl Flows {
             policy,
             last: None,
             touched: Vec::new(),
+            entries: 0,
             hand: 0,
             flows_max,
         }
@@ -234,6 +237,7 @@ impl Flows {
     fn add(&mut self, packed: PackedKey, key: &FlowKey, now_us: u64) -> FlowId {
         self.make_room();
         let id = self.flows.insert(Flow::new(*key, self.policy.of(key), now_us)) as FlowId;
+        self.entries = self.entries.max(id as usize + 1);
         let (flows, hasher) = (&self.flows, &self.hasher);
         let hash = |id: &FlowId| hasher.hash_one(flows[*id as usize].packed);
         self.places.insert_unique(hasher.hash_one(packed), id, hash);
@@ -272,8 +276,8 @@ impl Flows {
     /// Looks at a few entries and drops those that hold nothing and that `may_go`. Whether one was dropped.
     fn visit(&mut self, may_go: impl Fn(&Flow) -> bool) -> bool {
         let mut dropped = false;
-        for _ in 0..VISITED_AT_ONCE.min(self.flows.capacity()) {
-            self.hand = if self.hand + 1 < self.flows.capacity() { self.hand + 1 } else { 0 };
+        for _ in 0..VISITED_AT_ONCE.min(self.entries) {
+            self.hand = if self.hand + 1 < self.entries { self.hand + 1 } else { 0 };
             let Some(flow) = self.flows.get(self.hand) else {
                 continue;
             };
@@ -303,5 +307,32 @@ impl Flows {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::{Transport, Vlan};
+
+    fn flow(number: u16) -> FlowKey {
+        FlowKey::Ip {
+            vlan: Vlan::default(),
+            guest: [10, 0, 0, 1].into(),
+            remote: [10, 0, 0, 2].into(),
+            transport: Transport::Udp { guest_port: 53, remote_port: number },
+        }
+    }
+
+    #[test]
+    fn no_more_flows_than_the_limit_if_they_hold_nothing() {
+        // the slab has room for twice as many then
+        const FLOWS_MAX: usize = 1025;
+        let mut flows = Flows::new(FLOWS_MAX, Policy::default());
+        for number in 0..10_000 {
+            flows.get(&flow(number), 0);
+            assert!(flows.len() <= FLOWS_MAX, "{} flows", flows.len());
+        }
+        assert!(flows.peek(&flow(9_999)).is_some());
     }
 }
