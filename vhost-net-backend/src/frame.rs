@@ -36,7 +36,7 @@ pub(crate) fn from_guest(chain: &mut Chain, offloads: Offloads, pool: &mut Pool)
     let header = offloads.take_header(chain)?;
     let bytes = chain.readable_bytes() as usize;
     let mut frame = pool.take(bytes);
-    frame.header = FrameHeader::read(&header)?;
+    frame.set_header(FrameHeader::read(&header)?);
     (chain.copy_to(&mut frame) == bytes).then_some(frame)
 }
 

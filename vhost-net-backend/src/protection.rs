@@ -99,7 +99,7 @@ impl Undelivered {
     pub(crate) fn push(&mut self, frame: &Buffer) {
         self.bytes += frame.len();
         let mut copy = Buffer::from(&frame[..]);
-        copy.header = frame.header;
+        copy.set_header(frame.header());
         self.frames.push_back(copy);
     }
 

@@ -290,7 +290,7 @@ struct World {
 /// A frame that a tap has given, behind its header. Counts those that are longer than the LAN's.
 fn frame_of(bytes: &[u8], header_bytes: usize, large: &mut u64) -> Buffer {
     let mut frame = Buffer::from(&bytes[header_bytes..]);
-    frame.header = FrameHeader::read(bytes).unwrap();
+    frame.set_header(FrameHeader::read(bytes).unwrap());
     *large += u64::from(frame.len() > 1514);
     frame
 }
@@ -302,7 +302,7 @@ impl World {
 
     /// Sends a frame with its header.
     fn write(&self, tap: &Tap, frame: &Buffer) {
-        let header = &[&frame.header.bytes()[..], &[0; 2]].concat()[..self.header_bytes];
+        let header = &[&frame.header().bytes()[..], &[0; 2]].concat()[..self.header_bytes];
         tap.write(&[header, frame].concat());
     }
 
@@ -342,7 +342,7 @@ impl World {
                 continue;
             }
             let frame = frame_of(&frame[..bytes], self.header_bytes, &mut self.large[2]);
-            let header = frame.header;
+            let header = frame.header();
             match &mut self.primary {
                 Some(primary) => primary.headed_lan_input(header, &frame, now_us, &mut self.actions),
                 None => self.secondary.headed_lan_input(header, &frame, now_us, &mut self.actions),

@@ -9,7 +9,7 @@ use super::datagrams::Messages;
 use super::held::{Chain, List};
 use super::masking::Masking;
 use super::tcp::TcpFlow;
-use crate::packet::{FlowKey, PackedKey};
+use crate::packet::{FlowKey, FlowName, PackedKey};
 use crate::policy::{Policy, Treatment};
 
 /// RFC 5382 §5: an established connection is remembered for at least 2 hours 4 minutes without a packet.
@@ -97,11 +97,13 @@ impl Flow {
     }
 
     /// Whether nothing is held.
+    #[inline]
     pub(super) fn is_free(&self) -> bool {
         self.held.is_empty() && self.aside.is_empty() && !self.stuck
     }
 
     /// About how much memory the SVM's output takes here.
+    #[inline]
     pub(super) fn cost(&self) -> usize {
         match &self.protocol {
             Protocol::Tcp(tcp) => tcp.cost(),
@@ -141,6 +143,8 @@ pub(super) struct Flows {
     last: Option<(PackedKey, FlowId)>,
     /// Flows that have had a packet in this epoch.
     touched: Vec<FlowId>,
+    /// Entries that were ever in use at once.
+    entries: usize,
     /// The entry to be looked at next for its age.
     hand: usize,
     flows_max: usize,
@@ -149,12 +153,14 @@ pub(super) struct Flows {
 impl Index<FlowId> for Flows {
     type Output = Flow;
 
+    #[inline]
     fn index(&self, id: FlowId) -> &Flow {
         &self.flows[id as usize]
     }
 }
 
 impl IndexMut<FlowId> for Flows {
+    #[inline]
     fn index_mut(&mut self, id: FlowId) -> &mut Flow {
         &mut self.flows[id as usize]
     }
@@ -169,6 +175,7 @@ impl Flows {
             policy,
             last: None,
             touched: Vec::new(),
+            entries: 0,
             hand: 0,
             flows_max,
         }
@@ -184,6 +191,7 @@ impl Flows {
     }
 
     /// The place of a flow, if it is there.
+    #[inline]
     fn place(&self, key: &PackedKey) -> Option<FlowId> {
         match &self.last {
             Some((last, id)) if last == key => Some(*id),
@@ -196,23 +204,24 @@ impl Flows {
 
     /// The place of the flow, which is made if it is not there. The table may grow beyond its limit, for a flow of the PVM
     /// must have a place to hold packets in.
-    pub(super) fn get(&mut self, key: &FlowKey, now_us: u64) -> FlowId {
-        let packed = PackedKey::from(key);
+    #[inline]
+    pub(super) fn get(&mut self, name: &impl FlowName, now_us: u64) -> FlowId {
+        let packed = name.packed();
         let place = self.place(&packed);
-        self.get_at(place, packed, key, now_us)
+        self.get_at(place, packed, name, now_us)
     }
 
-    fn get_at(&mut self, place: Option<FlowId>, packed: PackedKey, key: &FlowKey, now_us: u64) -> FlowId {
+    #[inline]
+    fn get_at(
+        &mut self,
+        place: Option<FlowId>,
+        packed: PackedKey,
+        name: &impl FlowName,
+        now_us: u64,
+    ) -> FlowId {
         let id = match place {
             Some(id) => id,
-            None => {
-                self.make_room();
-                let id = self.flows.insert(Flow::new(*key, self.policy.of(key), now_us)) as FlowId;
-                let (flows, hasher) = (&self.flows, &self.hasher);
-                let hash = |id: &FlowId| hasher.hash_one(flows[*id as usize].packed);
-                self.places.insert_unique(hasher.hash_one(packed), id, hash);
-                id
-            }
+            None => self.add(packed, &name.key(), now_us),
         };
         self.last = Some((packed, id));
         let flow = &mut self.flows[id as usize];
@@ -224,11 +233,23 @@ impl Flows {
         id
     }
 
+    #[cold]
+    fn add(&mut self, packed: PackedKey, key: &FlowKey, now_us: u64) -> FlowId {
+        self.make_room();
+        let id = self.flows.insert(Flow::new(*key, self.policy.of(key), now_us)) as FlowId;
+        self.entries = self.entries.max(id as usize + 1);
+        let (flows, hasher) = (&self.flows, &self.hasher);
+        let hash = |id: &FlowId| hasher.hash_one(flows[*id as usize].packed);
+        self.places.insert_unique(hasher.hash_one(packed), id, hash);
+        id
+    }
+
     /// The same for a packet of the SVM: not beyond the limit.
-    pub(super) fn get_if_room(&mut self, key: &FlowKey, now_us: u64) -> Option<FlowId> {
-        let packed = PackedKey::from(key);
+    #[inline]
+    pub(super) fn get_if_room(&mut self, name: &impl FlowName, now_us: u64) -> Option<FlowId> {
+        let packed = name.packed();
         let place = self.place(&packed);
-        (place.is_some() || self.make_room()).then(|| self.get_at(place, packed, key, now_us))
+        (place.is_some() || self.make_room()).then(|| self.get_at(place, packed, name, now_us))
     }
 
     /// The flow, if it is there, to look at.
@@ -255,8 +276,8 @@ impl Flows {
     /// Looks at a few entries and drops those that hold nothing and that `may_go`. Whether one was dropped.
     fn visit(&mut self, may_go: impl Fn(&Flow) -> bool) -> bool {
         let mut dropped = false;
-        for _ in 0..VISITED_AT_ONCE.min(self.flows.capacity()) {
-            self.hand = if self.hand + 1 < self.flows.capacity() { self.hand + 1 } else { 0 };
+        for _ in 0..VISITED_AT_ONCE.min(self.entries) {
+            self.hand = if self.hand + 1 < self.entries { self.hand + 1 } else { 0 };
             let Some(flow) = self.flows.get(self.hand) else {
                 continue;
             };
@@ -286,5 +307,32 @@ impl Flows {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::{Transport, Vlan};
+
+    fn flow(number: u16) -> FlowKey {
+        FlowKey::Ip {
+            vlan: Vlan::default(),
+            guest: [10, 0, 0, 1].into(),
+            remote: [10, 0, 0, 2].into(),
+            transport: Transport::Udp { guest_port: 53, remote_port: number },
+        }
+    }
+
+    #[test]
+    fn no_more_flows_than_the_limit_if_they_hold_nothing() {
+        // the slab has room for twice as many then
+        const FLOWS_MAX: usize = 1025;
+        let mut flows = Flows::new(FLOWS_MAX, Policy::default());
+        for number in 0..10_000 {
+            flows.get(&flow(number), 0);
+            assert!(flows.len() <= FLOWS_MAX, "{} flows", flows.len());
+        }
+        assert!(flows.peek(&flow(9_999)).is_some());
     }
 }

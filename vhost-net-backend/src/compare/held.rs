@@ -37,7 +37,8 @@ const UNLINKED: Link = Link { before: NONE, behind: NONE };
 pub(super) struct HeldPacket {
     pub(super) flow: FlowId,
     pub(super) packet: Packet,
-    pub(super) frame: Output,
+    /// None when it leaves.
+    frame: Option<Output>,
     /// What is compared instead of the frame.
     masked: Option<Box<[u8]>>,
     pub(super) since_us: u64,
@@ -53,13 +54,21 @@ pub(super) struct HeldPacket {
 }
 
 impl HeldPacket {
-    /// The frame, but for what a mask covers.
-    pub(super) fn compared(&self) -> &[u8] {
-        self.masked.as_deref().unwrap_or(&self.frame)
+    /// What the PVM sent.
+    #[inline]
+    pub(super) fn frame(&self) -> &[u8] {
+        self.frame.as_deref().unwrap_or_default()
     }
 
+    /// The frame, but for what a mask covers.
+    #[inline]
+    pub(super) fn compared(&self) -> &[u8] {
+        self.masked.as_deref().unwrap_or_else(|| self.frame())
+    }
+
+    #[inline]
     fn bytes(&self) -> usize {
-        self.frame.cost() + self.masked.as_ref().map_or(0, |masked| masked.len())
+        self.frame.as_ref().map_or(0, Output::cost) + self.masked.as_ref().map_or(0, |masked| masked.len())
     }
 }
 
@@ -80,6 +89,7 @@ impl List {
         self.first == NONE
     }
 
+    #[inline]
     pub(super) fn first(&self) -> Option<HeldId> {
         (self.first != NONE).then_some(self.first)
     }
@@ -121,13 +131,14 @@ impl HeldPackets {
     }
 
     /// Adds one behind all others. It is in no other list yet.
+    #[inline]
     pub(super) fn push(&mut self, flow: FlowId, packet: Packet, frame: Output, now_us: u64) -> HeldId {
         self.bytes += frame.cost();
         self.bytes_peak = self.bytes_peak.max(self.bytes);
         let id = self.packets.insert(HeldPacket {
             flow,
             packet,
-            frame,
+            frame: Some(frame),
             masked: None,
             since_us: now_us,
             due_us: 0,
@@ -152,10 +163,12 @@ impl HeldPackets {
 
     /// # Panics
     /// When it is not there: a list would be broken.
+    #[inline]
     pub(super) fn get(&self, id: HeldId) -> &HeldPacket {
         &self.packets[id as usize]
     }
 
+    #[inline]
     pub(super) fn get_mut(&mut self, id: HeldId) -> &mut HeldPacket {
         &mut self.packets[id as usize]
     }
@@ -165,6 +178,7 @@ impl HeldPackets {
     }
 
     /// The one behind in the list of the chain.
+    #[inline]
     pub(super) fn next(&self, chain: Chain, id: HeldId) -> Option<HeldId> {
         let behind = self.get(id).links[chain as usize].behind;
         (behind != NONE).then_some(behind)
@@ -182,11 +196,13 @@ impl HeldPackets {
     }
 
     /// Puts a packet that is in no list of this chain at the end of one.
+    #[inline]
     pub(super) fn append(&mut self, list: &mut List, id: HeldId) {
         self.insert_behind(list, list.last(), id);
     }
 
     /// Puts a packet that is in no list of this chain behind another; first, if there is none.
+    #[inline]
     pub(super) fn insert_behind(&mut self, list: &mut List, before: Option<HeldId>, id: HeldId) {
         let chain = list.chain as usize;
         let behind = match before {
@@ -201,6 +217,7 @@ impl HeldPackets {
     }
 
     /// Takes a packet out of a list that it is in.
+    #[inline]
     pub(super) fn unlink(&mut self, list: &mut List, id: HeldId) {
         let chain = list.chain as usize;
         let Link { before, behind } = std::mem::replace(&mut self.get_mut(id).links[chain], UNLINKED);
@@ -214,13 +231,23 @@ impl HeldPackets {
         }
     }
 
-    /// Takes one out that is in no other list any more.
-    pub(super) fn remove(&mut self, id: HeldId) -> HeldPacket {
+    /// The frame of a packet that leaves, which is to be [forgotten](Self::forget) then.
+    #[inline]
+    pub(super) fn take_frame(&mut self, id: HeldId) -> Option<Output> {
+        let held = self.get_mut(id);
+        let bytes = held.bytes();
+        held.masked = None;
+        let frame = held.frame.take();
+        self.bytes -= bytes;
+        frame
+    }
+
+    /// Takes one out whose frame has been taken, and that is in no other list any more.
+    #[inline]
+    pub(super) fn forget(&mut self, id: HeldId) {
         let mut all = self.all;
         self.unlink(&mut all, id);
         self.all = all;
-        let packet = self.packets.remove(id as usize);
-        self.bytes -= packet.bytes();
-        packet
+        self.packets.remove(id as usize);
     }
 }

@@ -34,7 +34,7 @@ use tcp::{Piece, Verdict, Wait, When};
 
 use crate::digest::{Ask, Key, Run};
 use crate::offload::FrameHeader;
-use crate::packet::{Flags, FlowKey, Kind, Packet};
+use crate::packet::{Flags, FlowKey, FlowName, FromGuest, Kind, Packet};
 use crate::policy::Policy;
 use crate::proxy::{Actions, Buffer, Cause};
 
@@ -165,7 +165,7 @@ impl Compare {
 
     fn pvm_sends(&mut self, frame: Output, packet: Packet, now_us: u64, actions: &mut Actions) {
         self.stats.pvm_packets += 1;
-        let id = self.flows.get(&packet.flow_from_guest(&frame), now_us);
+        let id = self.flows.get(&FromGuest(&packet, &frame), now_us);
         if self.suspended {
             self.hold(id, frame, packet, Lane::InOrder, now_us, actions);
             return;
@@ -315,22 +315,13 @@ impl Compare {
         }
     }
 
-    /// Takes a packet out of everything.
-    fn take_out(&mut self, id: HeldId) -> HeldPacket {
-        self.await_no_more(id);
-        let HeldPacket { flow, aside, .. } = *self.held.get(id);
-        let flow = &mut self.flows[flow];
-        self.held.unlink(if aside { &mut flow.aside } else { &mut flow.held }, id);
-        self.held.remove(id)
-    }
-
     /// The place of a flow of which the SVM has something to say, if there is room to keep that. Losing it is safe: what
     /// the PVM says waits for a checkpoint, and that is on its way.
-    fn flow_if_room(&mut self, key: &FlowKey, now_us: u64, actions: &mut Actions) -> Option<FlowId> {
+    fn flow_if_room(&mut self, name: &impl FlowName, now_us: u64, actions: &mut Actions) -> Option<FlowId> {
         if !self.has_room_for_svm(actions) {
             return None;
         }
-        let id = self.flows.get_if_room(key, now_us);
+        let id = self.flows.get_if_room(name, now_us);
         if id.is_none() {
             let detail = format!("The flow table is full ({} flows)", self.flows.len());
             self.want(Cause::Buffer, detail, actions);
@@ -381,9 +372,8 @@ impl Compare {
     }
 
     fn svm_sends(&mut self, frame: &[u8], packet: &Packet, now_us: u64, actions: &mut Actions) {
-        let key = packet.flow_from_guest(frame);
         self.stats.svm_packets += 1;
-        let Some(id) = self.flow_if_room(&key, now_us, actions) else {
+        let Some(id) = self.flow_if_room(&FromGuest(packet, frame), now_us, actions) else {
             self.stats.svm_packets_dropped += 1;
             return;
         };
@@ -404,7 +394,7 @@ impl Compare {
                 let waiting = std::iter::successors(flow.held.first(), |id| held.next(Chain::Flow, *id));
                 tcp.svm_says(segment, frame, waiting.map(|id| held.get(id)));
                 if segment.flags.has(Flags::RST) && tcp.svm_alone_has_reset() && !self.wanted {
-                    self.resets.push_back((now_us + self.limits.held_us_max, key));
+                    self.resets.push_back((now_us + self.limits.held_us_max, flow.key));
                 }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;
                 self.advance_tcp(id, now_us, actions);
@@ -474,7 +464,7 @@ impl Compare {
                 let verdict = tcp.judge(segment, held.compared(), &all.behind(Chain::Flow, waiting), key);
                 let (mut differs, mut piece) = (None, None);
                 match verdict {
-                    Verdict::Release => tcp.passed(segment, &held.frame),
+                    Verdict::Release => tcp.passed(segment, held.frame()),
                     Verdict::Wait(Wait::Piece(unfinished)) => piece = Some(unfinished),
                     Verdict::Wait(_) => {}
                     Verdict::Differ(how) => differs = Some(How::told(how, tcp, segment, held.compared())),
@@ -513,10 +503,16 @@ impl Compare {
 
     /// A packet that was held leaves, since the SVM has said the same.
     fn release(&mut self, id: HeldId, now_us: u64, actions: &mut Actions) {
-        let HeldPacket { flow, packet, frame, since_us, .. } = self.take_out(id);
+        self.await_no_more(id);
+        let frame = self.held.take_frame(id);
+        let HeldPacket { flow, ref packet, since_us, aside, .. } = *self.held.get(id);
         let flow = &mut self.flows[flow];
+        if let Some(frame) = frame {
+            leave(&mut flow.protocol, packet, frame, self.limits.clamp_windows, actions);
+        }
+        self.held.unlink(if aside { &mut flow.aside } else { &mut flow.held }, id);
+        self.held.forget(id);
         flow.begins &= !flow.held.is_empty();
-        leave(&mut flow.protocol, &packet, frame, self.limits.clamp_windows, actions);
         self.stats.released_after_wait(now_us.saturating_sub(since_us));
     }
 
@@ -593,16 +589,19 @@ impl Compare {
     /// what the SVM said.
     pub fn commit(&mut self, actions: &mut Actions) {
         while let Some(oldest) = self.held.oldest() {
-            let HeldPacket { flow, packet, frame, .. } = self.held.remove(oldest);
-            let flow = &mut self.flows[flow];
+            let held = self.held.get(oldest);
+            let flow = &mut self.flows[held.flow];
             flow.held.clear();
             flow.aside.clear();
             flow.begins = false;
-            if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (&mut flow.protocol, &packet.kind) {
-                tcp.passed(segment, &frame);
+            if let (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) = (&mut flow.protocol, &held.packet.kind) {
+                tcp.passed(segment, held.frame());
                 tcp.leaves_unchanged(segment);
             }
-            frame.leave(actions);
+            if let Some(frame) = self.held.take_frame(oldest) {
+                frame.leave(actions);
+            }
+            self.held.forget(oldest);
             self.stats.released_by_commit += 1;
         }
         self.commit_fragments(actions);

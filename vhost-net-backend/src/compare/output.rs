@@ -14,6 +14,7 @@ pub(super) enum Output {
 
 impl Output {
     /// Bytes that it takes as long as it waits.
+    #[inline]
     pub(super) fn cost(&self) -> usize {
         match self {
             Self::Frame(frame) => frame.len(),
@@ -22,13 +23,15 @@ impl Output {
     }
 
     /// What the checksum field of its TCP header holds.
+    #[inline]
     pub(super) fn checksum(&self) -> Checksum {
         match self {
-            Self::Frame(frame) => frame.header.checksum(),
+            Self::Frame(frame) => frame.header().checksum(),
             Self::Fragments(_) => Checksum::Complete,
         }
     }
 
+    #[inline]
     pub(super) fn leave(self, actions: &mut Actions) {
         match self {
             Self::Frame(frame) => actions.push_to_lan(frame),
@@ -45,6 +48,7 @@ impl Output {
 impl Deref for Output {
     type Target = [u8];
 
+    #[inline]
     fn deref(&self) -> &[u8] {
         match self {
             Self::Frame(frame) => frame,
@@ -54,6 +58,7 @@ impl Deref for Output {
 }
 
 impl DerefMut for Output {
+    #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
         match self {
             Self::Frame(frame) => frame,

@@ -4,6 +4,8 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::net::IpAddr;
 
+use super::Packet;
+
 /// The VLAN identifiers of a frame, outermost first. Priority bits are no part of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Vlan {
@@ -27,6 +29,11 @@ impl Vlan {
     /// The identifiers, outermost first.
     pub fn tags(&self) -> &[u16] {
         &self.tags[..usize::from(self.count)]
+    }
+
+    /// All that it says, in the bits that [`Transport::word`] leaves, but for the highest two.
+    fn word(&self) -> u64 {
+        u64::from(self.count) << 60 | u64::from(self.tags[0]) << 48 | u64::from(self.tags[1]) << 36
     }
 }
 
@@ -145,32 +152,75 @@ const FRAME: u64 = 0;
 const WITH_V4: u64 = 1 << 62;
 const WITH_V6: u64 = 2 << 62;
 
+impl PackedKey {
+    /// The key of [`Packet::flow_from_guest`], without the detour.
+    #[inline]
+    pub(crate) fn from_guest(packet: &Packet, frame: &[u8]) -> Self {
+        match packet.over_ip() {
+            Some((addresses, transport)) => {
+                Self::over_ip(&packet.vlan, &addresses.source, &addresses.destination, transport)
+            }
+            None => Self::from(&packet.flow_from_guest(frame)),
+        }
+    }
+
+    #[inline]
+    fn over_ip(vlan: &Vlan, guest: &IpAddr, remote: &IpAddr, transport: Transport) -> Self {
+        let word = vlan.word() | transport.word();
+        if let (IpAddr::V4(guest), IpAddr::V4(remote)) = (guest, remote) {
+            let addresses = u64::from(guest.to_bits()) << 32 | u64::from(remote.to_bits());
+            return Self([addresses, 0, 0, 0, word | WITH_V4]);
+        }
+        let bits = |address: &IpAddr| match address {
+            IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
+            IpAddr::V6(address) => address.to_bits(),
+        };
+        let halves = |bits: u128| [(bits >> 64) as u64, bits as u64];
+        let ([a, b], [c, d]) = (halves(bits(guest)), halves(bits(remote)));
+        Self([a, b, c, d, word | WITH_V6])
+    }
+}
+
 impl From<&FlowKey> for PackedKey {
     fn from(key: &FlowKey) -> Self {
-        let vlan = |vlan: &Vlan| {
-            u64::from(vlan.count) << 60 | u64::from(vlan.tags[0]) << 48 | u64::from(vlan.tags[1]) << 36
-        };
         match key {
-            FlowKey::Ip { vlan: tags, guest, remote, transport } => {
-                let word = vlan(tags) | transport.word();
-                if let (IpAddr::V4(guest), IpAddr::V4(remote)) = (guest, remote) {
-                    let addresses = u64::from(guest.to_bits()) << 32 | u64::from(remote.to_bits());
-                    return Self([addresses, 0, 0, 0, word | WITH_V4]);
-                }
-                let bits = |address: &IpAddr| match address {
-                    IpAddr::V4(address) => address.to_ipv6_mapped().to_bits(),
-                    IpAddr::V6(address) => address.to_bits(),
-                };
-                let halves = |bits: u128| [(bits >> 64) as u64, bits as u64];
-                let ([a, b], [c, d]) = (halves(bits(guest)), halves(bits(remote)));
-                Self([a, b, c, d, word | WITH_V6])
-            }
-            FlowKey::Frame { vlan: tags, ethertype, source } => {
+            FlowKey::Ip { vlan, guest, remote, transport } => Self::over_ip(vlan, guest, remote, *transport),
+            FlowKey::Frame { vlan, ethertype, source } => {
                 let [a, b, c, d, e, f] = *source;
                 let mac = u64::from_be_bytes([a, b, c, d, e, f, 0, 0]);
-                Self([mac | u64::from(*ethertype), 0, 0, 0, vlan(tags) | FRAME])
+                Self([mac | u64::from(*ethertype), 0, 0, 0, vlan.word() | FRAME])
             }
         }
+    }
+}
+
+/// What names a flow. To find it takes the packed key only; the other is made when it is new.
+pub(crate) trait FlowName {
+    fn packed(&self) -> PackedKey;
+    fn key(&self) -> FlowKey;
+}
+
+impl FlowName for FlowKey {
+    fn packed(&self) -> PackedKey {
+        PackedKey::from(self)
+    }
+
+    fn key(&self) -> FlowKey {
+        *self
+    }
+}
+
+/// The flow of a packet that the guest sent, and of its frame.
+pub(crate) struct FromGuest<'a>(pub(crate) &'a Packet, pub(crate) &'a [u8]);
+
+impl FlowName for FromGuest<'_> {
+    #[inline]
+    fn packed(&self) -> PackedKey {
+        PackedKey::from_guest(self.0, self.1)
+    }
+
+    fn key(&self) -> FlowKey {
+        self.0.flow_from_guest(self.1)
     }
 }
 

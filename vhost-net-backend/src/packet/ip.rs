@@ -33,6 +33,7 @@ const EXTENSION_DESTINATION: u8 = 60;
 const ROUTING_MOBILE: u8 = 2;
 const ROUTING_SEGMENTS: u8 = 4;
 
+#[inline(always)]
 pub(super) fn parse_v4(frame: &[u8], at: usize) -> Option<Kind> {
     let header = frame.get(at..)?.first_chunk::<V4_HEADER_BYTES>()?;
     let header_bytes = usize::from(header[0] & 0x0f) * 4;
@@ -140,6 +141,7 @@ fn fragment(addresses: Addresses, protocol: u8, place: u16, content: Range<usize
     Kind::Datagram { addresses, transport: Transport::Fragment { protocol }, place, content }
 }
 
+#[inline(always)]
 fn parse_transport(frame: &[u8], addresses: Addresses, protocol: u8, payload: Range<usize>) -> Option<Kind> {
     let bytes = &frame[payload.clone()];
     let (transport, content) = match protocol {

@@ -12,8 +12,8 @@ mod tcp;
 
 use std::ops::Range;
 
-pub(crate) use flow::PackedKey;
 pub use flow::{FlowKey, Transport, Vlan};
+pub(crate) use flow::{FlowName, FromGuest, PackedKey};
 pub use quoted::Quoted;
 pub use tcp::{Flags, Segment, SynOptions, Timestamps, edge_positions};
 
@@ -100,6 +100,7 @@ pub(crate) fn be32(bytes: &[u8], at: usize) -> Option<u32> {
 
 impl Packet {
     /// Takes a frame (without a virtio-net header) apart. Any bytes are allowed.
+    #[inline]
     pub fn parse(frame: &[u8]) -> Self {
         let mut packet =
             Self { vlan: Vlan::default(), ethertype: 0, network_at: ETHERNET_BYTES, kind: Kind::Opaque };
@@ -128,14 +129,15 @@ impl Packet {
                 packet.network_at += SNAP.len() + 2;
             }
         }
-        let kind = match packet.ethertype {
-            ETHERTYPE_IPV4 => ip::parse_v4(frame, packet.network_at),
-            ETHERTYPE_IPV6 => ip::parse_v6(frame, packet.network_at),
-            ETHERTYPE_ARP => parse_arp(frame, packet.network_at),
-            _ => None,
-        };
-        packet.kind = kind.unwrap_or(Kind::Opaque);
-        packet
+        let Self { vlan, ethertype, network_at, .. } = packet;
+        // in each arm, so that what was found is written where it stays and is not copied on the way
+        let of = |kind| Self { vlan, ethertype, network_at, kind };
+        match ethertype {
+            ETHERTYPE_IPV4 => ip::parse_v4(frame, network_at).map_or(packet, of),
+            ETHERTYPE_IPV6 => ip::parse_v6(frame, network_at).map_or(packet, of),
+            ETHERTYPE_ARP => parse_arp(frame, network_at).map_or(packet, of),
+            _ => packet,
+        }
     }
 
     /// Takes a frame apart, and where it carries the first fragment of a TCP segment takes that for all of it: its header
@@ -152,25 +154,29 @@ impl Packet {
         packet
     }
 
+    /// From where to where, and what tells its messages from others between the two, as its sender sees that.
+    #[inline]
+    fn over_ip(&self) -> Option<(&Addresses, Transport)> {
+        match &self.kind {
+            Kind::Tcp { addresses, segment } => {
+                let (guest_port, remote_port) = (segment.source_port, segment.destination_port);
+                Some((addresses, Transport::Tcp { guest_port, remote_port }))
+            }
+            Kind::Datagram { addresses, transport, .. } => Some((addresses, *transport)),
+            Kind::Arp | Kind::Opaque => None,
+        }
+    }
+
     /// The flow of a frame that the guest sent.
     pub fn flow_from_guest(&self, frame: &[u8]) -> FlowKey {
-        match &self.kind {
-            Kind::Tcp { addresses, segment } => FlowKey::Ip {
+        match self.over_ip() {
+            Some((addresses, transport)) => FlowKey::Ip {
                 vlan: self.vlan,
                 guest: addresses.source,
                 remote: addresses.destination,
-                transport: Transport::Tcp {
-                    guest_port: segment.source_port,
-                    remote_port: segment.destination_port,
-                },
+                transport,
             },
-            Kind::Datagram { addresses, transport, .. } => FlowKey::Ip {
-                vlan: self.vlan,
-                guest: addresses.source,
-                remote: addresses.destination,
-                transport: *transport,
-            },
-            Kind::Arp | Kind::Opaque => FlowKey::Frame {
+            None => FlowKey::Frame {
                 vlan: self.vlan,
                 ethertype: self.ethertype,
                 source: frame.get(6..).and_then(|rest| rest.first_chunk()).copied().unwrap_or_default(),

@@ -96,6 +96,7 @@ pub struct SynOptions {
 }
 
 impl Segment {
+    #[inline(always)]
     pub(super) fn parse(frame: &[u8], part: Range<usize>) -> Option<Self> {
         let at = part.start;
         let header = frame.get(part.clone())?.first_chunk::<HEADER_BYTES>()?;

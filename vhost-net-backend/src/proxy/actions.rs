@@ -146,7 +146,7 @@ impl Actions {
 
     fn copy_of(&mut self, header: FrameHeader, frame: &[u8]) -> Buffer {
         let mut frame = self.pool.copy_of(frame);
-        frame.header = header;
+        frame.set_header(header);
         frame
     }
 

@@ -11,11 +11,14 @@ const SMALL_BYTES: usize = 2048;
 const SPARE_SMALL_MAX: usize = 4096;
 const SPARE_LARGE_MAX: usize = 64;
 
-/// The bytes of one frame, what it leaves to whoever gets it, and what else travels with it.
+/// The bytes of one frame, what it leaves to whoever gets it, and what else travels with it. In one pointer, for it is
+/// moved often.
 #[derive(Debug, Default)]
-pub struct Buffer {
-    /// What it leaves.
-    pub header: FrameHeader,
+pub struct Buffer(Box<Content>);
+
+#[derive(Debug, Default)]
+struct Content {
+    header: FrameHeader,
     /// As long as the longest frame that was here: never shortened, so that nothing is cleared twice.
     storage: Vec<u8>,
     /// Where the frame begins, behind what travels with it.
@@ -24,29 +27,43 @@ pub struct Buffer {
 }
 
 impl Buffer {
+    /// What it leaves to whoever gets it.
+    #[inline]
+    pub fn header(&self) -> FrameHeader {
+        self.0.header
+    }
+
+    /// From now on it leaves this.
+    #[inline]
+    pub fn set_header(&mut self, header: FrameHeader) {
+        self.0.header = header;
+    }
+
     /// Makes it so long. The content is arbitrary, and nothing travels with it.
+    #[inline]
     pub fn resize(&mut self, bytes: usize) {
-        if self.storage.len() < bytes {
-            self.storage.resize(bytes, 0);
+        if self.0.storage.len() < bytes {
+            self.0.storage.resize(bytes, 0);
         }
-        (self.start, self.end) = (0, bytes);
+        (self.0.start, self.0.end) = (0, bytes);
     }
 
     /// What travels with the frame and is no part of it.
     pub fn luggage(&self) -> &[u8] {
-        &self.storage[..self.start]
+        &self.0.storage[..self.0.start]
     }
 }
 
 impl From<&[u8]> for Buffer {
     fn from(frame: &[u8]) -> Self {
-        Self { header: FrameHeader::default(), storage: frame.to_vec(), start: 0, end: frame.len() }
+        let header = FrameHeader::default();
+        Self(Box::new(Content { header, storage: frame.to_vec(), start: 0, end: frame.len() }))
     }
 }
 
 impl PartialEq for Buffer {
     fn eq(&self, other: &Self) -> bool {
-        self.header == other.header && **self == **other
+        self.0.header == other.0.header && **self == **other
     }
 }
 
@@ -55,14 +72,16 @@ impl Eq for Buffer {}
 impl Deref for Buffer {
     type Target = [u8];
 
+    #[inline]
     fn deref(&self) -> &[u8] {
-        &self.storage[self.start..self.end]
+        &self.0.storage[self.0.start..self.0.end]
     }
 }
 
 impl DerefMut for Buffer {
+    #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.storage[self.start..self.end]
+        &mut self.0.storage[self.0.start..self.0.end]
     }
 }
 
@@ -75,15 +94,17 @@ pub struct Pool {
 
 impl Pool {
     /// A buffer of so many bytes, of arbitrary content.
+    #[inline]
     pub fn take(&mut self, bytes: usize) -> Buffer {
         let spare = if bytes <= SMALL_BYTES { &mut self.small } else { &mut self.large };
         let mut buffer = spare.pop().unwrap_or_default();
         buffer.resize(bytes);
-        buffer.header = FrameHeader::default();
+        buffer.set_header(FrameHeader::default());
         buffer
     }
 
     /// A copy of `frame`.
+    #[inline]
     pub fn copy_of(&mut self, frame: &[u8]) -> Buffer {
         let mut buffer = self.take(frame.len());
         buffer.copy_from_slice(frame);
@@ -95,13 +116,14 @@ impl Pool {
         let mut buffer = self.take(luggage.len() + frame.len());
         buffer[..luggage.len()].copy_from_slice(luggage);
         buffer[luggage.len()..].copy_from_slice(frame);
-        buffer.start = luggage.len();
+        buffer.0.start = luggage.len();
         buffer
     }
 
     /// Takes a buffer back.
+    #[inline]
     pub fn give(&mut self, buffer: Buffer) {
-        let (spare, max) = if buffer.storage.len() <= SMALL_BYTES {
+        let (spare, max) = if buffer.0.storage.len() <= SMALL_BYTES {
             (&mut self.small, SPARE_SMALL_MAX)
         } else {
             (&mut self.large, SPARE_LARGE_MAX)

@@ -90,10 +90,10 @@ impl Secondary {
             }
             match (exit, &self.sender) {
                 (Exit::Peer { .. }, Some(_)) => {
-                    self.rewriter.outbound(frame.header, &frame, now_us, exit, &mut self.rewritten);
+                    self.rewriter.outbound(frame.header(), &frame, now_us, exit, &mut self.rewritten);
                     self.send_rewritten(actions);
                 }
-                _ => self.rewriter.outbound(frame.header, &frame, now_us, exit, actions),
+                _ => self.rewriter.outbound(frame.header(), &frame, now_us, exit, actions),
             }
         }
         actions.pool().give(frame);

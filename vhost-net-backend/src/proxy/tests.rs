@@ -235,7 +235,7 @@ proptest! {
             now_us += us;
             let header = FrameHeader::read(&bytes[bytes.len() / 2..]).unwrap_or_default();
             let mut frame = Buffer::from(&bytes[..]);
-            frame.header = header;
+            frame.set_header(header);
             let _ = match step {
                 0 => { primary.guest_output(std::mem::take(&mut frame), now_us, &mut actions); None }
                 1 => { primary.headed_lan_input(header, &bytes, now_us, &mut actions); None }

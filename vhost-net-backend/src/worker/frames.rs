@@ -20,7 +20,7 @@ impl Worker {
             && self.buffers.take(ring, mergeable, header_bytes + frame.len())
         {
             any = true;
-            let (mut header, bytes) = (frame.header, header_bytes + frame.len());
+            let (mut header, bytes) = (frame.header(), header_bytes + frame.len());
             if bytes > self.buffers.room() {
                 self.counters.guest_too_long += 1;
             } else if !self.offloads.accept_frame(&mut header, frame.len()) {

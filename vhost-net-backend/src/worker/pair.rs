@@ -128,7 +128,7 @@ impl Worker {
                 Action::ToLan(frame) => {
                     // the proxy wants this in no other phase; if it did, the other side may have won (rule 3)
                     if matches!(protection.phase, Phase::Paired | Phase::Alone) {
-                        let sent = self.port.write_headed(frame.header, frame);
+                        let sent = self.port.write_headed(frame.header(), frame);
                         self.counters.lan_refused += u64::from(!sent);
                     }
                 }
