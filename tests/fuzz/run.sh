@@ -1,12 +1,12 @@
 #!/bin/sh
 # Runs each fuzz target for so many seconds: run.sh SECONDS [TARGET]...
 # What a target finds is left in target/fuzz/TARGET-*; put it into tests/fuzz/found/TARGET of vhost-blk-backend, or of
-# vhost-net-backend for control_queue, frames and filter, where `cargo test` runs it from then on.
+# vhost-net-backend for control_queue, frames, filter, packets and peers, where `cargo test` runs it from then on.
 set -eu
 cd "$(dirname "$0")"
 seconds=${1:-60}
 [ $# -eq 0 ] || shift
-[ $# -gt 0 ] || set -- control vhost_user chain control_queue frames filter
+[ $# -gt 0 ] || set -- control vhost_user chain control_queue frames filter packets peers
 command -v g++ >/dev/null || { echo "fuzz: libFuzzer is compiled with g++: apt-get install g++" >&2; exit 1; }
 root=$(cd ../.. && pwd)
 work=$root/target/fuzz

@@ -5,6 +5,7 @@
 
 use std::net::IpAddr;
 
+use crate::frame::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
 use crate::offload::FrameHeader;
 use crate::packet::{FlowKey, Transport, Vlan};
 
@@ -141,16 +142,28 @@ pub(crate) fn flow_from_bytes(bytes: &[u8; FLOW_BYTES]) -> Option<FlowKey> {
     Some(FlowKey::Ip { vlan, guest: address(8), remote: address(24), transport })
 }
 
+/// The packet in a message of a kind that is nothing else: [`MIRROR`], [`OUTPUT`] or [`ANSWER`].
+///
+/// # Errors
+/// It has a length that no frame has. Of shorter ones any number could wait within a limit of bytes.
+pub(crate) fn frame(kind: u16, payload: &[u8]) -> Result<&[u8], WireError> {
+    if (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&payload.len()) {
+        Ok(payload)
+    } else {
+        Err(WireError::Length { kind, bytes: payload.len() })
+    }
+}
+
 /// The packet in a [`MIRROR`] or a [`HEADED_MIRROR`], and what it leaves to the guest.
 ///
 /// # Errors
 /// The peer sent something else.
 pub fn mirrored(kind: u16, payload: &[u8]) -> Result<(FrameHeader, &[u8]), WireError> {
     if kind == MIRROR {
-        return Ok((FrameHeader::default(), payload));
+        return Ok((FrameHeader::default(), frame(kind, payload)?));
     }
     let header = FrameHeader::read(payload).ok_or(WireError::Length { kind, bytes: payload.len() })?;
-    let frame = &payload[FrameHeader::BYTES..];
+    let frame = frame(kind, &payload[FrameHeader::BYTES..])?;
     if header.is_within(frame.len()) { Ok((header, frame)) } else { Err(WireError::Header) }
 }
 
@@ -216,6 +229,17 @@ mod tests {
             let flow = FlowKey::Ip { vlan, guest: address(guest), remote: address(remote), transport };
             let isn = Isn { flow, isn, timestamp };
             prop_assert_eq!(Isn::from_bytes(&isn.to_bytes().unwrap()), Ok(isn));
+        }
+
+        #[test]
+        fn what_is_mirrored_is_a_frame(
+            bytes in prop_oneof![0usize..40, FRAME_BYTES_MAX - 20..FRAME_BYTES_MAX + 20],
+        ) {
+            let is_frame = |bytes| (14..=65_557).contains(&bytes);
+            let payload = vec![0; bytes];
+            prop_assert_eq!(mirrored(MIRROR, &payload).is_ok(), is_frame(bytes));
+            let is_headed_frame = bytes >= 10 && is_frame(bytes - 10);
+            prop_assert_eq!(mirrored(HEADED_MIRROR, &payload).is_ok(), is_headed_frame);
         }
 
         #[test]

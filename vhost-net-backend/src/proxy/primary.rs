@@ -11,8 +11,11 @@ use crate::digest::{Key, Names, Runs, key_to_bytes};
 use crate::offload::FrameHeader;
 use crate::packet::{Flags, Kind, Packet};
 use crate::wire::{
-    ANSWER, ASK, DIGEST, EPOCH, HEADED_MIRROR, ISN, Isn, KEY, MARKER, MIRROR, OUTPUT, WireError,
+    ANSWER, ASK, DIGEST, EPOCH, HEADED_MIRROR, ISN, Isn, KEY, MARKER, MIRROR, OUTPUT, WireError, frame,
 };
+
+/// Bytes that a message of the next epoch costs beside its own.
+const EARLY_COST: usize = 64;
 
 /// Figures of the primary's half.
 #[derive(Clone, Debug, Serialize)]
@@ -195,7 +198,7 @@ impl Primary {
             EPOCH => return Err(WireError::Length { kind, bytes: payload.len() }),
             // what is malformed ends the link at once, not when its epoch comes
             DIGEST => _ = Runs::parse(payload)?,
-            _ => {}
+            _ => _ = frame(kind, payload)?,
         }
         if self.mode != Mode::Protected {
             return Ok(());
@@ -208,7 +211,7 @@ impl Primary {
             // what is lost of the next epoch makes the PVM's packets wait for a checkpoint, nothing worse
             self.stale_packets += 1;
         } else {
-            self.early_bytes += payload.len();
+            self.early_bytes += payload.len() + EARLY_COST;
             self.early.push_back((kind, payload.to_vec()));
         }
         Ok(())

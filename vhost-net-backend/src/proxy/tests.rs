@@ -208,6 +208,36 @@ fn a_peer_that_makes_no_sense_is_refused() {
 }
 
 #[test]
+fn what_is_no_frame_is_refused() {
+    let mut actions = Actions::new();
+    let (mut primary, mut secondary) = (primary(), secondary());
+    for bytes in [0, 13, 65_558, 2 << 20] {
+        let payload = vec![0; bytes];
+        for epoch in [1, 2] {
+            let refused = primary.peer_frame(OUTPUT, epoch, &payload, 0, &mut actions);
+            assert_eq!(refused, Err(WireError::Length { kind: OUTPUT, bytes }));
+        }
+        let refused = secondary.peer_frame(MIRROR, 1, &payload, 0, &mut actions);
+        assert_eq!(refused, Err(WireError::Length { kind: MIRROR, bytes }));
+    }
+    assert!(actions.is_empty());
+}
+
+#[test]
+fn many_short_messages_of_the_next_epoch_are_within_the_limit_too() {
+    const LIMIT: usize = 10_000;
+    let mut config = Config::default();
+    config.compare.svm_bytes_max = LIMIT;
+    let (mut primary, mut actions) = (Primary::new(&config, 1, 0), Actions::new());
+    let mut kept = 0;
+    while primary.stats().stale_packets == 0 {
+        assert!(kept <= LIMIT / 64, "each costs more than its bytes");
+        primary.peer_frame(OUTPUT, 2, &[0; 14], 0, &mut actions).unwrap();
+        kept += 1;
+    }
+}
+
+#[test]
 fn the_figures_can_be_shown() {
     let mut primary = primary();
     done!(primary.guest_output(Buffer::from(&frame("held")[..]), 0));

@@ -5,16 +5,22 @@
 mod control_queue;
 mod filter;
 mod frames;
+mod grammar;
 #[path = "../../../tests/fuzz/input.rs"]
 mod input;
 pub mod model;
+mod output;
+mod packets;
+mod peers;
 mod ram;
 
 pub use control_queue::{Both, MAC, control_queue};
 pub use filter::filter;
 pub use frames::frames;
+pub use packets::packets;
+pub use peers::peers;
 
 /// Seeds from which a fuzzer finds its way: what sound drivers do.
 pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
-    [control_queue::seeds(), frames::seeds(), filter::seeds()].concat()
+    [control_queue::seeds(), frames::seeds(), filter::seeds(), packets::seeds(), peers::seeds()].concat()
 }
