@@ -488,7 +488,7 @@ impl Compare {
         let first = flow.aside.first().or(flow.held.first()).filter(|_| !flow.stuck);
         if let (Some(first), Protocol::Tcp(tcp)) = (first, &mut flow.protocol) {
             let held = self.held.get(first);
-            if let Some(frame) = tcp.lowered_ack(&held.packet, &held.frame) {
+            if let Some(frame) = tcp.lowered_ack(&held.packet, held.frame()) {
                 actions.push_copy_to_lan(FrameHeader::default(), &frame);
                 self.stats.acks_lowered += 1;
             }
