@@ -348,7 +348,7 @@ pub(super) fn header(input: &mut Input<'_>, frame: &[u8]) -> FrameHeader {
 
 pub(super) fn buffer(header: FrameHeader, frame: &[u8]) -> Buffer {
     let mut buffer = Buffer::from(frame);
-    buffer.header = header;
+    buffer.set_header(header);
     buffer
 }
 

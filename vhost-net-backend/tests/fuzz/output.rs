@@ -146,7 +146,7 @@ impl Output {
     pub(super) fn leaves(&mut self, frame: &Buffer, epoch: u64, by_commit: bool) {
         let packet = Packet::parse(frame);
         let flow = packet.flow_from_guest(frame);
-        match self.sent.get_mut(&(*frame.header.bytes(), sent(frame))) {
+        match self.sent.get_mut(&(*frame.header().bytes(), sent(frame))) {
             Some(count) if *count > 0 => *count -= 1,
             // made to open a window again
             _ => {

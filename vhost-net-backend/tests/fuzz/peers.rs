@@ -215,7 +215,7 @@ impl Stand {
             assert!(!matches!(action, Action::ToLan(_)), "The secondary sends what the peer says");
             if let Action::ToGuest(frame) = action {
                 assert!((FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&frame.len()), "{} bytes", frame.len());
-                assert!(frame.header.is_within(frame.len()), "{:?}", frame.header);
+                assert!(frame.header().is_within(frame.len()), "{:?}", frame.header());
             }
         }
         self.secondary_has_acted();
