@@ -20,7 +20,7 @@ help:
 	@echo 'make bench-net-device         the network back end against DPDK and QEMU (8 minutes)'
 	@echo 'make bench-proxy              the proxy against colo-compare of QEMU, and a pair without emulation (4 minutes)'
 	@echo 'make bench-digest             what the digests of the secondary output cost'
-	@echo 'make fuzz SECONDS=600         hostile guests, frontends and controllers, each for so long'
+	@echo 'make fuzz SECONDS=600         hostile guests, frontends, peers and controllers, each for so long'
 	@echo 'make simulate EVENTS=20000000 a client of a protected VM in a bad network, so many events (10 minutes)'
 	@echo 'make build                    the programs, in target/release'
 	@echo 'make clean                    remove what was built, and laboratories of dead runs'

@@ -20,6 +20,8 @@ const TCP_CLOSED_US: u64 = 4 * 60 * 1_000_000;
 const OTHER_IDLE_US: u64 = 60 * 1_000_000;
 /// Entries that one visit looks at.
 const VISITED_AT_ONCE: usize = 32;
+/// Flows of an epoch that are remembered before those that are there twice are looked for.
+const TOUCHED_MIN: usize = 1024;
 /// The table has places for as many flows from the beginning, since to grow takes long when it is large.
 const PLACES_MAX: usize = 1 << 16;
 
@@ -228,7 +230,7 @@ impl Flows {
         flow.last_us = now_us;
         if !flow.touched {
             flow.touched = true;
-            self.touched.push(id);
+            self.touch(id);
         }
         id
     }
@@ -242,6 +244,15 @@ impl Flows {
         let hash = |id: &FlowId| hasher.hash_one(flows[*id as usize].packed);
         self.places.insert_unique(hasher.hash_one(packed), id, hash);
         id
+    }
+
+    fn touch(&mut self, id: FlowId) {
+        if self.touched.len() >= TOUCHED_MIN.max(2 * self.flows.capacity()) {
+            // of places that many flows have had in this epoch, one after the other
+            self.touched.sort_unstable();
+            self.touched.dedup();
+        }
+        self.touched.push(id);
     }
 
     /// The same for a packet of the SVM: not beyond the limit.
@@ -334,5 +345,16 @@ mod tests {
             assert!(flows.len() <= FLOWS_MAX, "{} flows", flows.len());
         }
         assert!(flows.peek(&flow(9_999)).is_some());
+    }
+
+    #[test]
+    fn flows_that_come_and_go_in_one_epoch_take_no_memory() {
+        let mut flows = Flows::new(2, Policy::default());
+        for number in 0..100_000u32 {
+            flows.get(&flow(number as u16), 0);
+        }
+        assert!(flows.len() <= 2 && flows.touched.len() <= TOUCHED_MIN);
+        flows.commit(|_| {});
+        assert!(flows.touched.is_empty() && flows.flows.iter().all(|(_, flow)| !flow.touched));
     }
 }

@@ -392,8 +392,9 @@ impl Compare {
             (Protocol::Tcp(tcp), Kind::Tcp { segment, .. }) => {
                 let held = &self.held;
                 let waiting = std::iter::successors(flow.held.first(), |id| held.next(Chain::Flow, *id));
+                let is_known = tcp.svm_alone_has_reset();
                 tcp.svm_says(segment, frame, waiting.map(|id| held.get(id)));
-                if segment.flags.has(Flags::RST) && tcp.svm_alone_has_reset() && !self.wanted {
+                if tcp.svm_alone_has_reset() && !is_known && !self.wanted {
                     self.resets.push_back((now_us + self.limits.held_us_max, flow.key));
                 }
                 self.svm_bytes = self.svm_bytes + flow.cost() - before;

@@ -202,6 +202,16 @@ fn different_events_are_mismatches() {
 }
 
 #[test]
+fn a_reset_that_the_svm_repeats_is_remembered_once() {
+    let mut bench = bench();
+    for port in 0..100 {
+        let rst = Tcp { seq: 100, rst: true, client_port_offset: port % 2, ..Tcp::default() }.frame();
+        assert_eq!(bench.svm(&rst), nothing());
+    }
+    assert_eq!(bench.compare.resets.len(), 2);
+}
+
+#[test]
 fn a_connection_that_only_the_svm_resets_is_a_mismatch_even_if_the_pvm_is_quiet() {
     let rst = |port| Tcp { seq: 100, rst: true, client_port_offset: port, ..Tcp::default() }.frame();
     let mut bench = bench();

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 
 use vhost_net_backend::digest::Key;
+use vhost_net_backend::frame::FRAME_BYTES_MIN;
 use vhost_net_backend::offload::FrameHeader;
 use vhost_net_backend::packet::checksum::{self, Checksum};
 use vhost_net_backend::packet::fragments::{Put, Reassembler};
@@ -315,14 +316,15 @@ impl Stand {
         stand
     }
 
-    fn look_at(&mut self, frame: &[u8]) {
+    /// Parses what may be no frame. Whether it is one: devices and taps give no others to the proxy.
+    fn is_frame(&mut self, frame: &[u8]) -> bool {
         parse(frame);
         self.fragments.put(frame, self.now_us);
+        frame.len() >= FRAME_BYTES_MIN
     }
 
     fn pvm_sends(&mut self, header: FrameHeader, frame: &[u8]) {
-        self.look_at(frame);
-        if !self.primary.accepts_output() {
+        if !self.is_frame(frame) || !self.primary.accepts_output() {
             return;
         }
         if self.recent.len() == 16 {
@@ -335,7 +337,9 @@ impl Stand {
     }
 
     fn svm_sends(&mut self, header: FrameHeader, frame: &[u8]) {
-        self.look_at(frame);
+        if !self.is_frame(frame) {
+            return;
+        }
         self.secondary.guest_output(buffer(header, frame), self.now_us, &mut self.actions);
         let made: Vec<_> = self.actions.iter().collect();
         if let ([Action::ToPeer { kind: OUTPUT, payload, .. }], false) = (&made[..], self.digests) {
@@ -345,7 +349,9 @@ impl Stand {
     }
 
     fn lan_sends(&mut self, header: FrameHeader, frame: &[u8]) {
-        self.look_at(frame);
+        if !self.is_frame(frame) {
+            return;
+        }
         self.primary.headed_lan_input(header, frame, self.now_us, &mut self.actions);
         self.primary_has_acted(false);
         self.deliver();
