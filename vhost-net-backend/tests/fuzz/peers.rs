@@ -167,7 +167,7 @@ impl Stand {
             secondary: Secondary::new(&config, 1, 0),
             actions: Actions::new(),
             decoders: Default::default(),
-            output: Output::new(config.policy.clone(), (setup & 1 != 0).then(key)),
+            output: Output::new(config.policy.clone(), setup & 2 != 0, (setup & 1 != 0).then(key)),
             now_us: 0,
             lets_go: false,
         };
