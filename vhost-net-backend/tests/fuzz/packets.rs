@@ -303,7 +303,7 @@ impl Stand {
             stalled: false,
             marker_is_here: false,
             digests,
-            output: Output::new(config.policy.clone(), digests.then(key)),
+            output: Output::new(config.policy.clone(), setup & 2 != 0, digests.then(key)),
             now_us: 0,
             fragments: Fragments::default(),
             recent: VecDeque::new(),

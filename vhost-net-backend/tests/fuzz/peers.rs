@@ -167,7 +167,7 @@ impl Stand {
             secondary: Secondary::new(&config, 1, 0),
             actions: Actions::new(),
             decoders: Default::default(),
-            output: Output::new(config.policy.clone(), (setup & 1 != 0).then(key)),
+            output: Output::new(config.policy.clone(), setup & 2 != 0, (setup & 1 != 0).then(key)),
             now_us: 0,
             lets_go: false,
         };
@@ -435,6 +435,8 @@ pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
             seed.extend(sound(&[0, 0, 4], &[2, how, 20]));
             seed.extend(sound(&[8, 4, 4], &[&[2, how, 20][..], &[1, 2]].concat()));
             // a checkpoint, and what comes early
+            seed.extend([3, 2, how, 24, 2]);
+            seed.extend(sound(&[0, 0, 0], &[2, how, 24]));
             seed.extend([7, 0]);
             seed.extend(sound(&[8, 10, 4], &[]));
             seed.extend(sound(&[0x70, 0, 0], &[2, how, 21]));
